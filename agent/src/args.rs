@@ -1,0 +1,68 @@
+//! The command line of `kms-agent`.
+
+use std::{ffi::OsString, path::PathBuf, process::ExitCode};
+
+use clap::{Parser, error::ErrorKind};
+use etcetera::BaseStrategy;
+
+use crate::{
+    config::{Config, ConfigError},
+    error::report,
+};
+
+/// Bad usage, as in sysexits(3).
+const USAGE: u8 = 64;
+
+/// Holds key-encryption keys in locked memory and serves encrypt and decrypt to the programs of this user.
+///
+/// Without COMMAND and -D it goes to the background and prints the commands that set KMS_AUTH_SOCK and KMS_AGENT_PID:
+/// eval "$(kms-agent --memory)". With COMMAND it runs that under a fresh agent and ends with it.
+#[derive(Debug, Parser)]
+#[command(name = "kms-agent", version)]
+pub(crate) struct Args {
+    /// Stay in the foreground
+    #[arg(short = 'D', conflicts_with = "command")]
+    pub(crate) foreground: bool,
+    /// The socket [default: $XDG_RUNTIME_DIR/kms-agent/agent.sock; a fresh folder with COMMAND]
+    #[arg(short = 'a', value_name = "PATH")]
+    pub(crate) socket: Option<PathBuf>,
+    /// Keep no keystore: every key lives in memory alone
+    #[arg(long)]
+    pub(crate) memory: bool,
+    /// The configuration [default: $XDG_CONFIG_HOME/kms-agent/config.toml]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// The command to run, and its arguments
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "COMMAND")]
+    pub(crate) command: Vec<OsString>,
+}
+
+impl Args {
+    /// Reads them; help, version and bad usage end the program.
+    pub(crate) fn read() -> Result<Self, ExitCode> {
+        Self::try_parse().map_err(|error| match error.kind() {
+            ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => match error.print() {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(_) => ExitCode::FAILURE,
+            },
+            _ => {
+                let text = error.to_string();
+                let first = text.lines().next().unwrap_or_default();
+                report(first.trim_start_matches("error: "), Some("kms-agent --help lists what there is"));
+                ExitCode::from(USAGE)
+            }
+        })
+    }
+
+    /// The configuration that they name, or the one of this user.
+    pub(crate) fn config(&self) -> Result<Config, ConfigError> {
+        match &self.config {
+            Some(path) => Config::read(path, false),
+            None => match etcetera::base_strategy::Xdg::new() {
+                Ok(folders) => Config::read(&folders.config_dir().join("kms-agent/config.toml"), true),
+                // No home folder: nothing is configured.
+                Err(_) => Ok(Config::default()),
+            },
+        }
+    }
+}

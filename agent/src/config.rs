@@ -1,0 +1,265 @@
+//! The configuration file, and the limits that it sets.
+//!
+//! Owns the names and the bounds of every key of `config.toml` that this release uses. It reads the file once, and an
+//! unknown key, a wrong type or a value out of bounds is an error that names the place; nothing is guessed.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use kms_protocol::FRAME_MAX;
+use kms_secret_memory::Policy;
+use serde::Deserialize;
+use thiserror::Error;
+use tracing::level_filters::LevelFilter;
+
+/// The shortest `limits.frame`: a message of 64 KiB with its context and a head fits.
+const FRAME_MIN: usize = 128 * 1024;
+
+/// The keys that a configuration may have.
+const KEYS: &[&str] = &["secret_memory", "log", "limits"];
+const LIMIT_KEYS: &[&str] = &["frame", "connections_per_uid", "connections", "keys"];
+
+/// Counts and sizes that the agent does not go beyond.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Longest frame, head included, in bytes.
+    pub frame: usize,
+    /// Connections of one uid.
+    pub connections_per_uid: usize,
+    /// Connections in all.
+    pub connections: usize,
+    /// Keys.
+    pub keys: usize,
+    /// Every key is memory-only, said so or not: the agent was started with `--memory`.
+    pub memory_only: bool,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            frame: FRAME_MAX,
+            connections_per_uid: 1024,
+            connections: 16_384,
+            keys: 1_000_000,
+            memory_only: false,
+        }
+    }
+}
+
+/// The configuration.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// What memory keys are shielded by.
+    pub secret_memory: Policy,
+    /// How much is logged.
+    pub log: LevelFilter,
+    /// Counts and sizes.
+    pub limits: Limits,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { secret_memory: Policy::Auto, log: LevelFilter::INFO, limits: Limits::default() }
+    }
+}
+
+/// Why a configuration is not taken.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It is not TOML, or a value has the wrong type.
+    #[error("the configuration {path} cannot be understood: {message}")]
+    Syntax {
+        /// The file.
+        path: PathBuf,
+        /// What and where.
+        message: String,
+    },
+    /// A key that this release does not have.
+    #[error("the configuration {path} has the unknown key {key}; did you mean {nearest}?")]
+    UnknownKey {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        key: String,
+        /// The key that is most like it.
+        nearest: String,
+    },
+    /// A value that cannot be.
+    #[error("the configuration {path} sets {key} to what it cannot be; allowed: {allowed}")]
+    Value {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        key: &'static str,
+        /// What is allowed.
+        allowed: &'static str,
+    },
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct RawConfig {
+    secret_memory: Option<String>,
+    log: Option<String>,
+    limits: RawLimits,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct RawLimits {
+    frame: Option<usize>,
+    connections_per_uid: Option<usize>,
+    connections: Option<usize>,
+    keys: Option<usize>,
+}
+
+impl Config {
+    /// Reads `path`; where it may be absent, an absent file is the default configuration.
+    ///
+    /// # Errors
+    /// [`ConfigError`]; nothing of a bad file is used.
+    pub fn read(path: &Path, may_be_absent: bool) -> Result<Self, ConfigError> {
+        match fs::read_to_string(path) {
+            Ok(text) => Self::parse(&text, path),
+            Err(error) if may_be_absent && error.kind() == io::ErrorKind::NotFound => Ok(Self::default()),
+            Err(source) => Err(ConfigError::Read { path: path.to_owned(), source }),
+        }
+    }
+
+    fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let syntax = |error: toml::de::Error| ConfigError::Syntax {
+            path: path.to_owned(),
+            message: error.to_string().trim_end().to_owned(),
+        };
+        let table: toml::Table = text.parse().map_err(syntax)?;
+        refuse_unknown(table.keys(), KEYS, "", path)?;
+        if let Some(toml::Value::Table(limits)) = table.get("limits") {
+            refuse_unknown(limits.keys(), LIMIT_KEYS, "limits.", path)?;
+        }
+        let raw: RawConfig = toml::from_str(text).map_err(syntax)?;
+        let value = |key, allowed| ConfigError::Value { path: path.to_owned(), key, allowed };
+        let mut config = Self::default();
+        if let Some(text) = raw.secret_memory {
+            config.secret_memory = match text.as_str() {
+                "auto" => Policy::Auto,
+                "secretmem" => Policy::SecretMem,
+                "mlock" => Policy::Mlock,
+                "preferred" => Policy::Preferred,
+                _ => return Err(value("secret_memory", "\"auto\", \"secretmem\", \"mlock\", \"preferred\"")),
+            };
+        }
+        if let Some(text) = raw.log {
+            let allowed = "\"off\", \"error\", \"warn\", \"info\", \"debug\", \"trace\"";
+            config.log = text.parse().map_err(|_| value("log", allowed))?;
+        }
+        let limits = &mut config.limits;
+        if let Some(frame) = raw.limits.frame {
+            if !(FRAME_MIN..=FRAME_MAX).contains(&frame) {
+                return Err(value("limits.frame", "131072 to 1048576"));
+            }
+            limits.frame = frame;
+        }
+        let counts: [(&'static str, Option<usize>, &mut usize, usize, &'static str); 3] = [
+            (
+                "limits.connections_per_uid",
+                raw.limits.connections_per_uid,
+                &mut limits.connections_per_uid,
+                1_000_000,
+                "1 to 1000000",
+            ),
+            (
+                "limits.connections",
+                raw.limits.connections,
+                &mut limits.connections,
+                1_000_000,
+                "1 to 1000000",
+            ),
+            ("limits.keys", raw.limits.keys, &mut limits.keys, 100_000_000, "1 to 100000000"),
+        ];
+        for (key, given, limit, most, allowed) in counts {
+            if let Some(count) = given {
+                if !(1..=most).contains(&count) {
+                    return Err(value(key, allowed));
+                }
+                *limit = count;
+            }
+        }
+        Ok(config)
+    }
+}
+
+fn refuse_unknown<'a>(
+    keys: impl Iterator<Item = &'a String>,
+    known: &[&str],
+    prefix: &str,
+    path: &Path,
+) -> Result<(), ConfigError> {
+    for key in keys {
+        if !known.contains(&key.as_str()) {
+            let nearest =
+                known.iter().min_by_key(|name| strsim::damerau_levenshtein(name, key)).unwrap_or(&"");
+            return Err(ConfigError::UnknownKey {
+                path: path.to_owned(),
+                key: format!("{prefix}{}", key.escape_debug()),
+                nearest: format!("{prefix}{nearest}"),
+            });
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, String> {
+        Config::parse(text, Path::new("c.toml")).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn every_key_is_read() {
+        let config = parse(
+            "secret_memory = 'mlock'\nlog = 'trace'\n[limits]\nframe = 131072\nconnections = 3\nconnections_per_uid = 2\nkeys = 4",
+        )
+        .unwrap();
+        assert_eq!((config.secret_memory, config.log), (Policy::Mlock, LevelFilter::TRACE));
+        let expected =
+            Limits { frame: 131_072, connections: 3, connections_per_uid: 2, keys: 4, memory_only: false };
+        assert_eq!(config.limits, expected);
+    }
+
+    #[test]
+    fn a_bad_file_is_refused_with_its_place() {
+        for (text, message) in [
+            ("secret_memry = 'auto'", "unknown key secret_memry; did you mean secret_memory?"),
+            ("[limits]\nframes = 1", "unknown key limits.frames; did you mean limits.frame?"),
+            ("secret_memory = 'swap'", "sets secret_memory to what it cannot be"),
+            ("log = 'loud'", "sets log to what it cannot be"),
+            ("[limits]\nframe = 1048577", "sets limits.frame"),
+            ("[limits]\nkeys = 0", "sets limits.keys"),
+            ("[limits]\nkeys = -1", "cannot be understood"),
+            ("limits = 3", "cannot be understood"),
+            ("log = ", "cannot be understood"),
+        ] {
+            let error = parse(text).unwrap_err();
+            assert!(error.contains(message), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn an_absent_file_is_the_default_only_where_none_was_named() {
+        let absent = Path::new("/nonexistent/config.toml");
+        assert_eq!(Config::read(absent, true).unwrap().limits, Limits::default());
+        assert!(matches!(Config::read(absent, false), Err(ConfigError::Read { .. })));
+    }
+}

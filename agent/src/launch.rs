@@ -1,0 +1,139 @@
+//! Which process becomes the agent: this one, one in the background, or one behind a command.
+//!
+//! Owns the last fork, which happens before any secret exists and before any thread, and the words on stdout that a
+//! shell evaluates.
+
+use std::{
+    ffi::OsStr,
+    fs::{File, OpenOptions},
+    io::{self, Read, Write},
+    os::unix::process::CommandExt,
+    path::Path,
+    process::{Command, ExitCode},
+};
+
+use nix::{
+    sys::wait::waitpid,
+    unistd::{ForkResult, Pid, chdir, dup2_stderr, dup2_stdin, dup2_stdout, getpid, pipe, setsid},
+};
+
+use crate::{
+    args::Args,
+    error::{StartError, report},
+    socket::Place,
+    sys,
+};
+
+/// The command could not be run, or was not found, as a shell says it.
+const CANNOT_RUN: u8 = 126;
+const NOT_FOUND: u8 = 127;
+
+/// What this process is now.
+pub(crate) enum Launched {
+    /// The one that was called; it is done.
+    Parent(ExitCode),
+    /// The agent.
+    Agent {
+        /// To be told once clients can connect.
+        ready: Ready,
+        /// The process that it ends with.
+        until: Option<Pid>,
+    },
+}
+
+/// Who waits for the agent to be ready.
+pub(crate) enum Ready {
+    /// Nobody but the reader of stdout.
+    Print(String),
+    /// The process that was called.
+    Tell(File),
+}
+
+impl Ready {
+    /// Tells that clients can connect.
+    pub(crate) fn tell(self) -> Result<(), StartError> {
+        match self {
+            Self::Print(text) => print(&text).map_err(StartError::Background),
+            Self::Tell(mut waiting) => {
+                waiting.write_all(&getpid().as_raw().to_le_bytes()).map_err(StartError::Background)?;
+                leave_terminal().map_err(StartError::Background)
+            }
+        }
+    }
+}
+
+/// Forks where that is asked for.
+pub(crate) fn launch(args: &Args, place: &Place) -> Result<Launched, StartError> {
+    if args.foreground {
+        return Ok(Launched::Agent { ready: Ready::Print(commands(place.path(), getpid())), until: None });
+    }
+    let caller = getpid();
+    let (waits, tells) = pipe().map_err(|error| StartError::Background(error.into()))?;
+    match sys::fork().map_err(StartError::Background)? {
+        ForkResult::Child => {
+            drop(waits);
+            // The agent is nobody's child: a command that waits for all its children must not wait for it.
+            setsid().map_err(|error| StartError::Background(error.into()))?;
+            match sys::fork().map_err(StartError::Background)? {
+                ForkResult::Parent { .. } => Ok(Launched::Parent(ExitCode::SUCCESS)),
+                ForkResult::Child => {
+                    chdir("/").map_err(|error| StartError::Background(error.into()))?;
+                    let until = (!args.command.is_empty()).then_some(caller);
+                    Ok(Launched::Agent { ready: Ready::Tell(File::from(tells)), until })
+                }
+            }
+        }
+        ForkResult::Parent { child } => {
+            drop(tells);
+            // Its end is all that is waited for; why the agent did not come to be stands on stderr.
+            let _ = waitpid(child, None);
+            let mut pid = [0; 4];
+            if File::from(waits).read_exact(&mut pid).is_err() {
+                place.abandon();
+                return Ok(Launched::Parent(ExitCode::FAILURE));
+            }
+            let agent = Pid::from_raw(i32::from_le_bytes(pid));
+            Ok(Launched::Parent(match args.command.split_first() {
+                None => match print(&commands(place.path(), agent)) {
+                    Ok(()) => ExitCode::SUCCESS,
+                    Err(_) => ExitCode::FAILURE,
+                },
+                Some((command, rest)) => run(command, rest, place.path(), agent),
+            }))
+        }
+    }
+}
+
+/// Becomes the command; comes back only when that failed.
+fn run(command: &OsStr, arguments: &[std::ffi::OsString], socket: &Path, agent: Pid) -> ExitCode {
+    let error = Command::new(command)
+        .args(arguments)
+        .env("KMS_AUTH_SOCK", socket)
+        .env("KMS_AGENT_PID", agent.to_string())
+        .exec();
+    report(&format!("cannot run the command: {error}"), None);
+    ExitCode::from(if error.kind() == io::ErrorKind::NotFound { NOT_FOUND } else { CANNOT_RUN })
+}
+
+/// What a POSIX shell evaluates.
+fn commands(socket: &Path, agent: Pid) -> String {
+    let quoted = socket.display().to_string().replace('\'', r"'\''");
+    let plain = |text: &str| text.bytes().all(|b| b.is_ascii_alphanumeric() || b"/._-".contains(&b));
+    let socket = if plain(&quoted) { quoted } else { format!("'{quoted}'") };
+    format!("KMS_AUTH_SOCK={socket}; export KMS_AUTH_SOCK;\nKMS_AGENT_PID={agent}; export KMS_AGENT_PID;\n")
+}
+
+fn print(text: &str) -> io::Result<()> {
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(text.as_bytes())?;
+    stdout.flush()
+}
+
+/// Nothing of the terminal that the agent was started on stays with it.
+fn leave_terminal() -> io::Result<()> {
+    let null = OpenOptions::new().read(true).write(true).open("/dev/null")?;
+    dup2_stdin(&null)?;
+    dup2_stdout(&null)?;
+    dup2_stderr(&null)?;
+    Ok(())
+}

@@ -1,0 +1,185 @@
+//! kms-agent: ssh-agent for data keys.
+//!
+//! Owns the order of the start: not dumpable, arguments, configuration, background (the last fork), socket, secret
+//! memory, runtime, ready. See `docs/architecture.md`. No secret exists before the last fork.
+
+mod args;
+pub mod authorize;
+pub mod config;
+pub mod core;
+pub mod crypto;
+mod error;
+pub mod keyring;
+mod launch;
+pub mod reply;
+mod server;
+mod socket;
+mod sys;
+
+use std::{process::ExitCode, rc::Rc, time::Duration};
+
+use nix::{
+    sys::{
+        prctl,
+        resource::{Resource, getrlimit, setrlimit},
+        stat::{Mode, umask},
+    },
+    unistd::{Pid, getuid},
+};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::{layer::SubscriberExt, reload, util::SubscriberInitExt};
+
+use crate::{
+    args::Args,
+    config::Config,
+    core::Core,
+    crypto::KernelRandom,
+    error::StartError,
+    keyring::Keyring,
+    launch::{Launched, Ready},
+    server::{Server, now},
+    socket::AgentSocket,
+};
+
+/// How the level of the log is changed while the agent runs.
+type LogLevel = reload::Handle<LevelFilter, tracing_subscriber::Registry>;
+
+/// The whole program.
+#[must_use]
+pub fn main() -> ExitCode {
+    // Before anything else: no debugger, no core, no look into /proc by others of the same uid.
+    let protected =
+        prctl::set_dumpable(false).map_err(|source| StartError::Protect { what: "PR_SET_DUMPABLE", source });
+    let args = match Args::read() {
+        Ok(args) => args,
+        Err(exit) => return exit,
+    };
+    match protected.and_then(|()| start(&args)) {
+        Ok(exit) => exit,
+        Err(error) => {
+            error.report();
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start(args: &Args) -> Result<ExitCode, StartError> {
+    let config = args.config()?;
+    let place = socket::Place::choose(args.socket.as_deref(), !args.command.is_empty())?;
+    match launch::launch(args, &place)? {
+        Launched::Parent(exit) => Ok(exit),
+        Launched::Agent { ready, until } => {
+            let served = serve(args, config, place, ready, until);
+            served.map(|()| ExitCode::SUCCESS)
+        }
+    }
+}
+
+/// Limits what the process can do and what can be done to it, once it is the process that stays.
+fn protect() -> Result<(), StartError> {
+    let failed = |what| move |source| StartError::Protect { what, source };
+    prctl::set_dumpable(false).map_err(failed("PR_SET_DUMPABLE"))?;
+    prctl::set_no_new_privs().map_err(failed("PR_SET_NO_NEW_PRIVS"))?;
+    setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(failed("RLIMIT_CORE"))?;
+    let (_, descriptors) = getrlimit(Resource::RLIMIT_NOFILE).map_err(failed("RLIMIT_NOFILE"))?;
+    setrlimit(Resource::RLIMIT_NOFILE, descriptors, descriptors).map_err(failed("RLIMIT_NOFILE"))?;
+    umask(Mode::from_bits_truncate(0o077));
+    Ok(())
+}
+
+fn start_log(level: LevelFilter) -> LogLevel {
+    let (filter, handle) = reload::Layer::new(level);
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false);
+    // Only a second subscriber could make this fail, and there is none.
+    let _ = tracing_subscriber::registry().with(filter).with(lines).try_init();
+    // The text of a panic may hold what a peer sent; its place does not.
+    std::panic::set_hook(Box::new(|panic| {
+        let place = panic.location().map(|location| (location.file(), location.line()));
+        tracing::error!(?place, "a request panicked; its connection is closed");
+    }));
+    handle
+}
+
+fn serve(
+    args: &Args,
+    config: Config,
+    place: socket::Place,
+    ready: Ready,
+    until: Option<Pid>,
+) -> Result<(), StartError> {
+    protect()?;
+    let log = start_log(config.log);
+    // Opened while the parent is certainly there, since it waits for readiness.
+    let until = until.map(sys::pidfd_open).transpose().map_err(StartError::Command)?;
+    let socket = AgentSocket::bind(place)?;
+    let mut random = KernelRandom;
+    let keyring = Keyring::new(config.secret_memory, &mut random)?;
+    if let Some(backing) = keyring.backing() {
+        tracing::info!(%backing, "keys are shielded");
+    }
+    let mut limits = config.limits;
+    limits.memory_only = args.memory;
+    let core = Core::new(getuid().as_raw(), keyring, limits, random, now());
+    let server = Rc::new(Server::new(core, config.secret_memory)?);
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(StartError::Runtime)?;
+    let local = tokio::task::LocalSet::new();
+    let served = local.block_on(&runtime, run(args, server, &socket, ready, until, &log));
+    // Connections, and with them every buffer, are wiped before the socket is taken away.
+    drop(local);
+    runtime.shutdown_timeout(Duration::ZERO);
+    served
+}
+
+async fn run(
+    args: &Args,
+    server: Rc<Server<KernelRandom>>,
+    socket: &AgentSocket,
+    ready: Ready,
+    until: Option<std::os::fd::OwnedFd>,
+    log: &LogLevel,
+) -> Result<(), StartError> {
+    let listener = socket.listener()?;
+    let mut terminate = signal(SignalKind::terminate()).map_err(StartError::Runtime)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(StartError::Runtime)?;
+    let mut hangup = signal(SignalKind::hangup()).map_err(StartError::Runtime)?;
+    let until = until.map(sys::watch).transpose().map_err(StartError::Runtime)?;
+    let ended = async {
+        match &until {
+            Some(process) => process.readable().await.map(|_| ()),
+            None => std::future::pending().await,
+        }
+    };
+    tokio::pin!(ended);
+    tokio::task::spawn_local(Rc::clone(&server).accept(listener));
+    tokio::task::spawn_local(Rc::clone(&server).cool());
+    tracing::info!(socket = %socket.path().display(), "ready");
+    ready.tell()?;
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+            _ = hangup.recv() => reload_configuration(args, &server, log),
+            _ = &mut ended => break,
+        }
+    }
+    tracing::info!("ending");
+    Ok(())
+}
+
+/// Reads the configuration again; a bad file leaves the old one in force.
+fn reload_configuration(args: &Args, server: &Server<KernelRandom>, log: &LogLevel) {
+    match args.config() {
+        Ok(config) => {
+            let mut core = server.core().borrow_mut();
+            let memory_only = core.limits().memory_only;
+            core.set_limits(config::Limits { memory_only, ..config.limits });
+            if let Err(error) = log.reload(config.log) {
+                tracing::warn!(%error, "the level of the log stays");
+            }
+            tracing::info!("read the configuration again");
+        }
+        Err(error) => tracing::error!(%error, "the old configuration stays in force"),
+    }
+}

@@ -1,0 +1,5 @@
+//! The daemon; everything lives in the library.
+
+fn main() -> std::process::ExitCode {
+    kms_agent::main()
+}

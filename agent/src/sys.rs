@@ -1,0 +1,50 @@
+//! The calls that the safe crates do not have: `fork`, `pidfd_open`, `SO_PASSRIGHTS`.
+//!
+//! The only module of this crate with `unsafe`.
+#![expect(unsafe_code, reason = "raw system calls without a safe wrapper in nix")]
+
+use std::{
+    io,
+    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+};
+
+use nix::unistd::{ForkResult, Pid};
+use tokio::io::{Interest, unix::AsyncFd};
+
+/// `SO_PASSRIGHTS` of Linux 6.16, which libc does not name yet.
+const SO_PASSRIGHTS: libc::c_int = 83;
+
+/// Forks. To be called while there is one thread, so that the child is a whole process.
+pub(crate) fn fork() -> io::Result<ForkResult> {
+    // SAFETY: the caller runs before any thread is started; the child may do whatever the parent may.
+    unsafe { nix::unistd::fork() }.map_err(io::Error::from)
+}
+
+/// A descriptor that becomes readable when the process ends.
+pub(crate) fn pidfd_open(pid: Pid) -> io::Result<OwnedFd> {
+    // SAFETY: the call takes two integers and touches no memory.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), libc::PIDFD_NONBLOCK) };
+    let fd = i32::try_from(fd).map_err(|_| io::Error::from_raw_os_error(libc::EBADF))?;
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel just made this descriptor for us, with close-on-exec, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Waits for a descriptor of [`pidfd_open`] on the runtime that this is called in.
+pub(crate) fn watch(process: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an OwnedFd gives the same open descriptor until it is dropped, and nobody takes it out of the AsyncFd.
+    unsafe { AsyncFd::register_with_interest(process, Interest::READABLE) }.map_err(io::Error::from)
+}
+
+/// Has the kernel refuse descriptors that a peer wants to pass, where it can (Linux 6.16). Elsewhere there is no room
+/// for them in a receive, and a truncated control message ends the connection.
+pub(crate) fn refuse_descriptors(socket: BorrowedFd<'_>) {
+    const LEN: libc::socklen_t = 4;
+    let off: libc::c_int = 0;
+    // SAFETY: the pointer is to a live c_int of 4 bytes, which is the length given.
+    unsafe {
+        libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, SO_PASSRIGHTS, (&raw const off).cast(), LEN);
+    }
+}

@@ -1,0 +1,46 @@
+//! The one place that knows bincode: fixed-width little-endian integers, a limit, nothing left over
+//! (`docs/protocol.md`, section 2.3). `wincode` with its defaults writes the same bytes; a test holds both together.
+
+use bincode::{
+    BorrowDecode, Encode,
+    config::{Configuration, Fixint, Limit, LittleEndian},
+    enc::write::SizeWriter,
+};
+use thiserror::Error;
+
+use crate::FRAME_MAX;
+
+/// Without the limit, ten bytes that announce a long vector abort the process.
+const CONFIG: Configuration<LittleEndian, Fixint, Limit<FRAME_MAX>> =
+    bincode::config::standard().with_fixed_int_encoding().with_limit::<FRAME_MAX>();
+
+/// The fields do not have the form that the opcode gives them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[error("the fields of the message are malformed")]
+pub struct Malformed;
+
+/// Decodes fields from exactly these bytes; strings and byte strings are borrowed.
+///
+/// # Errors
+/// [`Malformed`] when a field is missing, impossible, or bytes are left over.
+pub fn decode_fields<'a, T: BorrowDecode<'a, ()>>(bytes: &'a [u8]) -> Result<T, Malformed> {
+    match bincode::borrow_decode_from_slice(bytes, CONFIG) {
+        Ok((fields, used)) if used == bytes.len() => Ok(fields),
+        Ok(_) | Err(_) => Err(Malformed),
+    }
+}
+
+/// Number of bytes that the fields take on the wire.
+///
+/// # Errors
+/// [`Malformed`] when they would not fit a frame.
+pub fn encoded_fields_len<T: Encode>(fields: &T) -> Result<usize, Malformed> {
+    let mut size = SizeWriter::default();
+    bincode::encode_into_writer(fields, &mut size, CONFIG).map_err(|_| Malformed)?;
+    Ok(size.bytes_written)
+}
+
+/// Writes the fields to the front of `out` and says how many bytes they took.
+pub(crate) fn encode_fields<T: Encode>(fields: &T, out: &mut [u8]) -> Result<usize, Malformed> {
+    bincode::encode_into_slice(fields, out, CONFIG).map_err(|_| Malformed)
+}

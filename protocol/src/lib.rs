@@ -1,0 +1,38 @@
+//! Frames and messages of kms-agent.
+//!
+//! Owns the wire: the frame head, the codec of the fields, every request and reply, the statuses and the names of keys.
+//! Implements `docs/protocol.md`. It never does I/O, never holds a key, and never decides who may do what.
+
+mod codec;
+mod frame;
+mod message;
+mod types;
+
+pub use codec::{Malformed, decode_fields, encoded_fields_len};
+pub use frame::{
+    FRAME_HEAD_LEN, Frame, FrameError, FrameHead, PayloadSlot, begin_frame, frame_len, push_frame,
+};
+pub use message::{
+    Add, Added, Constraint, Describe, Description, Fact, Hello, KeyAndContext, KeyRef, KeyRow, KeyState,
+    List, Listed, LockState, Locking, Material, NoFields, Opcode, Refusal, RemoteChunks, RemoteStream,
+    Remove, Removed, Request, StatusReply, VersionRow, Welcome, constraint,
+};
+pub use types::{KeyName, NameError, Status};
+
+/// The version of the protocol that this crate speaks, raised by hand (`docs/protocol.md`, section 2).
+pub const PROTOCOL_VERSION: u16 = 1;
+
+/// Length of the largest frame, head included, in bytes; the default and the ceiling of `limits.frame`.
+pub const FRAME_MAX: usize = 1024 * 1024;
+
+/// Rows in one page of a listing, at most.
+pub const PAGE_ROWS_MAX: usize = 256;
+
+/// Length of the longest passphrase, in bytes.
+pub const PASSPHRASE_MAX: usize = 1024;
+
+/// Remote streams that one connection can hold open.
+pub const REMOTE_STREAMS_MAX: usize = 16;
+
+/// Bytes of a request token.
+pub const TOKEN_LEN: usize = 16;
