@@ -248,12 +248,40 @@ impl Repeats {
     }
 }
 
+/// Salts for the requests that arrived together. They are drawn after the requests have arrived and thrown away with the
+/// last of them: what is restored from a snapshot in between seals the same messages with them, and no others.
+#[derive(Default)]
+struct Salts {
+    drawn: bool,
+    ready: Vec<[u8; SALT_LEN]>,
+}
+
+impl Salts {
+    /// Drawn at once when more than one is wanted.
+    const TOGETHER: usize = 16;
+
+    fn next(&mut self, random: &mut impl Random) -> Result<[u8; SALT_LEN], RandomUnavailable> {
+        if let Some(salt) = self.ready.pop() {
+            return Ok(salt);
+        }
+        if !self.drawn {
+            self.drawn = true;
+            return random_bytes(random);
+        }
+        let mut salts = [[0; SALT_LEN]; Self::TOGETHER];
+        random.fill(salts.as_flattened_mut())?;
+        self.ready.extend_from_slice(&salts);
+        self.ready.pop().ok_or(RandomUnavailable)
+    }
+}
+
 /// The agent without its sockets.
 pub struct Core<R> {
     own_uid: u32,
     keyring: Keyring,
     limits: Limits,
     random: R,
+    salts: Salts,
     repeats: Repeats,
     back_off: HashMap<u32, BackOff>,
     deriving: bool,
@@ -270,6 +298,7 @@ impl<R: Random> Core<R> {
             keyring,
             limits,
             random,
+            salts: Salts::default(),
             repeats: Repeats::default(),
             back_off: HashMap::new(),
             deriving: false,
@@ -298,6 +327,12 @@ impl<R: Random> Core<R> {
     /// Wipes what is only kept at hand for speed.
     pub fn cool(&mut self) {
         self.keyring.cool();
+    }
+
+    /// Forgets what was drawn for requests that arrived together.
+    pub fn end_batch(&mut self) {
+        self.salts.ready.clear();
+        self.salts.drawn = false;
     }
 
     /// Answers one request: writes the reply to `replies`, or hands out work first.
@@ -546,7 +581,7 @@ impl<R: Random> Core<R> {
         }
         let (key_id, key_version) = self.keyring.primary(permit, selector(fields.key)?)?;
         let header = Header { purpose: Purpose::Message, key_id, key_version };
-        let salt = random_bytes::<SALT_LEN>(&mut self.random)?;
+        let salt = self.salts.next(&mut self.random)?;
         let keyring = &mut self.keyring;
         replies.push(request_id, &NoFields {}, message_len(plaintext.len()), |out| {
             keyring

@@ -368,20 +368,24 @@ impl<R: Random + 'static> Server<R> {
             }
             Some(arrived) => arrived,
         };
-        self.last_request.set(now().boot);
+        let now = now();
+        self.last_request.set(now.boot);
         if !self.warm.replace(true) {
             self.warmed.notify_one();
         }
         match connection.input.take() {
             Some(mut held) => {
-                let (taken, stop) = self.take_up(connection, held.bytes(), replies)?;
+                let taken_up = self.take_up(connection, held.bytes(), now, replies);
+                self.core.borrow_mut().end_batch();
+                let (taken, stop) = taken_up?;
                 held.consume(taken);
                 connection.input = Some(held);
                 self.after(connection, taken, stop)
             }
             None => {
                 let bytes = input.expose_secret().get(..arrived).unwrap_or_default();
-                let taken_up = self.take_up(connection, bytes, replies);
+                let taken_up = self.take_up(connection, bytes, now, replies);
+                self.core.borrow_mut().end_batch();
                 let stopped = taken_up.and_then(|(taken, stop)| {
                     let rest = bytes.get(taken..).unwrap_or_default();
                     if !rest.is_empty() {
@@ -486,11 +490,11 @@ impl<R: Random + 'static> Server<R> {
         &self,
         connection: &mut Connection,
         bytes: &[u8],
+        now: Now,
         replies: &mut Replies,
     ) -> Result<(usize, Stop), Closed> {
         let mut core = self.core.borrow_mut();
         let frame_max = core.limits().frame;
-        let now = now();
         let around = self.surroundings();
         let mut taken = 0;
         loop {
