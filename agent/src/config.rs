@@ -53,15 +53,15 @@ impl Default for Limits {
 pub struct Config {
     /// What memory keys are shielded by.
     pub secret_memory: Policy,
-    /// How much is logged.
-    pub log: LevelFilter,
+    /// How much is logged; where nothing is said, it is up to who starts the agent.
+    pub log: Option<LevelFilter>,
     /// Counts and sizes.
     pub limits: Limits,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { secret_memory: Policy::Auto, log: LevelFilter::INFO, limits: Limits::default() }
+        Self { secret_memory: Policy::Auto, log: None, limits: Limits::default() }
     }
 }
 
@@ -160,7 +160,7 @@ impl Config {
         }
         if let Some(text) = raw.log {
             let allowed = "\"off\", \"error\", \"warn\", \"info\", \"debug\", \"trace\"";
-            config.log = text.parse().map_err(|_| value("log", allowed))?;
+            config.log = Some(text.parse().map_err(|_| value("log", allowed))?);
         }
         let limits = &mut config.limits;
         if let Some(frame) = raw.limits.frame {
@@ -232,7 +232,7 @@ mod tests {
             "secret_memory = 'mlock'\nlog = 'trace'\n[limits]\nframe = 131072\nconnections = 3\nconnections_per_uid = 2\nkeys = 4",
         )
         .unwrap();
-        assert_eq!((config.secret_memory, config.log), (Policy::Mlock, LevelFilter::TRACE));
+        assert_eq!((config.secret_memory, config.log), (Policy::Mlock, Some(LevelFilter::TRACE)));
         let expected =
             Limits { frame: 131_072, connections: 3, connections_per_uid: 2, keys: 4, memory_only: false };
         assert_eq!(config.limits, expected);

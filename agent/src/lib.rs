@@ -88,6 +88,11 @@ fn protect() -> Result<(), StartError> {
     Ok(())
 }
 
+/// In the foreground a person or a service manager reads along; elsewhere only what needs somebody is said.
+fn log_level(args: &Args, config: &Config) -> LevelFilter {
+    config.log.unwrap_or(if args.foreground { LevelFilter::INFO } else { LevelFilter::WARN })
+}
+
 fn start_log(level: LevelFilter) -> LogLevel {
     let (filter, handle) = reload::Layer::new(level);
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false);
@@ -109,7 +114,7 @@ fn serve(
     until: Option<Pid>,
 ) -> Result<(), StartError> {
     protect()?;
-    let log = start_log(config.log);
+    let log = start_log(log_level(args, &config));
     // Opened while the parent is certainly there, since it waits for readiness.
     let until = until.map(sys::pidfd_open).transpose().map_err(StartError::Command)?;
     let socket = AgentSocket::bind(place)?;
@@ -172,10 +177,11 @@ async fn run(
 fn reload_configuration(args: &Args, server: &Server<KernelRandom>, log: &LogLevel) {
     match args.config() {
         Ok(config) => {
+            let level = log_level(args, &config);
             let mut core = server.core().borrow_mut();
             let memory_only = core.limits().memory_only;
             core.set_limits(config::Limits { memory_only, ..config.limits });
-            if let Err(error) = log.reload(config.log) {
+            if let Err(error) = log.reload(level) {
                 tracing::warn!(%error, "the level of the log stays");
             }
             tracing::info!("read the configuration again");
