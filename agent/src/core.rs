@@ -90,25 +90,23 @@ enum TicketPurpose {
 
 /// One connection, as far as the core knows it.
 pub struct Session {
+    number: u64,
     peer: Peer,
     greeted: bool,
     next_stream: u32,
-    streams: HashMap<u32, OpenStream>,
 }
 
 impl Session {
-    /// A connection of this peer.
-    #[must_use]
-    pub fn new(peer: Peer) -> Self {
-        Self { peer, greeted: false, next_stream: 1, streams: HashMap::new() }
-    }
-
     /// True once `hello` was answered.
     #[must_use]
     pub fn greeted(&self) -> bool {
         self.greeted
     }
 }
+
+/// The streams of all connections, held here so that a lock and the removal of a key end them.
+#[derive(Default)]
+struct Streams(HashMap<(u64, u32), (KeyId, OpenStream)>);
 
 /// A stream that the agent encrypts or decrypts.
 enum OpenStream {
@@ -282,6 +280,8 @@ pub struct Core<R> {
     limits: Limits,
     random: R,
     salts: Salts,
+    streams: Streams,
+    sessions: u64,
     repeats: Repeats,
     back_off: HashMap<u32, BackOff>,
     deriving: bool,
@@ -299,6 +299,8 @@ impl<R: Random> Core<R> {
             limits,
             random,
             salts: Salts::default(),
+            streams: Streams::default(),
+            sessions: 0,
             repeats: Repeats::default(),
             back_off: HashMap::new(),
             deriving: false,
@@ -327,6 +329,17 @@ impl<R: Random> Core<R> {
     /// Wipes what is only kept at hand for speed.
     pub fn cool(&mut self) {
         self.keyring.cool();
+    }
+
+    /// A new connection of this peer.
+    pub fn begin(&mut self, peer: Peer) -> Session {
+        self.sessions = self.sessions.wrapping_add(1);
+        Session { number: self.sessions, peer, greeted: false, next_stream: 1 }
+    }
+
+    /// The connection is over, and with it its streams.
+    pub fn end(&mut self, session: &Session) {
+        self.streams.0.retain(|(number, _), _| *number != session.number);
     }
 
     /// Forgets what was drawn for requests that arrived together.
@@ -376,7 +389,7 @@ impl<R: Random> Core<R> {
         let request_id = frame.head.request_id;
         let fatal = |status| Refused { close: true, ..Refused::from(status) };
         let Some(opcode) = Opcode::from_code(frame.head.code) else {
-            return Err(Refused { close: !session.greeted, ..Status::Unsupported.into() });
+            return Err(if session.greeted { Status::Unsupported.into() } else { fatal(Status::Malformed) });
         };
         if session.greeted == (opcode == Opcode::Hello) {
             return Err(fatal(Status::Malformed));
@@ -424,6 +437,7 @@ impl<R: Random> Core<R> {
                     Some(Repeat::Added(_)) => return Err(Status::Malformed.into()),
                     None => {
                         let id = self.keyring.remove(&permit, selector(remove.key)?)?;
+                        self.streams.0.retain(|_, (key, _)| *key != id);
                         let removed = Removed { id: *id.as_bytes() };
                         self.repeats.remember(session.peer.uid, remove.token, Repeat::Removed(removed));
                         removed
@@ -456,27 +470,29 @@ impl<R: Random> Core<R> {
             Request::RemoteStreamNew(fields) => {
                 let (head, key) = self.new_stream(&permit, fields)?;
                 let body = Box::new(Body::new(key));
-                let stream = session.hold(OpenStream::Encrypt { body, next: 0 })?;
+                let key = Header::parse(&head)?.key_id;
+                let stream = self.streams.hold(session, key, OpenStream::Encrypt { body, next: 0 })?;
                 let pushed = replies.push(request_id, &RemoteStream { stream }, head.len(), |payload| {
                     payload.copy_from_slice(&head);
                     Ok::<(), Status>(())
                 });
-                session.keep_if(stream, pushed)??;
+                self.streams.keep_if(session, stream, pushed)??;
             }
             Request::RemoteStreamOpen { fields, head } => {
-                let key = self.open_stream(&permit, fields, head)?;
-                let stream = session.hold(OpenStream::Decrypt { body: Box::new(Body::new(key)) })?;
+                let body = Box::new(Body::new(self.open_stream(&permit, fields, head)?));
+                let key = Header::parse(head)?.key_id;
+                let stream = self.streams.hold(session, key, OpenStream::Decrypt { body })?;
                 let pushed = replies.push(request_id, &RemoteStream { stream }, 0, |_| Ok::<(), Status>(()));
-                session.keep_if(stream, pushed)??;
+                self.streams.keep_if(session, stream, pushed)??;
             }
             Request::RemoteStreamEncrypt { stream, plaintext } => {
-                encrypt_chunks(&permit, session, stream, plaintext, request_id, replies)?;
+                encrypt_chunks(&permit, &mut self.streams, session, stream, plaintext, request_id, replies)?;
             }
             Request::RemoteStreamDecrypt { fields, chunks } => {
-                decrypt_chunks(&permit, session, fields, chunks, request_id, replies)?;
+                decrypt_chunks(&permit, &mut self.streams, session, fields, chunks, request_id, replies)?;
             }
             Request::RemoteStreamClose(RemoteStream { stream }) => {
-                session.streams.remove(&stream).ok_or(Status::NotFound)?;
+                self.streams.0.remove(&(session.number, stream)).ok_or(Status::NotFound)?;
                 replies.push_done(request_id)?;
             }
         }
@@ -542,10 +558,10 @@ impl<R: Random> Core<R> {
         now: Now,
     ) -> Result<Added, Refused> {
         let name = KeyName::parse(fields.name).map_err(|_| Status::Malformed)?;
-        let mut memory_only = self.limits.memory_only;
+        let (mut memory_only, mut seen) = (self.limits.memory_only, false);
         for Constraint { kind, value } in &fields.constraints {
             match (*kind, *value) {
-                (constraint::MEMORY_ONLY, 0) => memory_only = true,
+                (constraint::MEMORY_ONLY, 0) if !seen => (memory_only, seen) = (true, true),
                 (constraint::MEMORY_ONLY, _) => return Err(Status::Malformed.into()),
                 _ => return Err(Status::Unsupported.into()),
             }
@@ -730,7 +746,11 @@ impl<R: Random> Core<R> {
         let Ticket { request_id, permit, uid, purpose } = ticket;
         let done = key.ok_or(Refused::busy(Duration::from_secs(1))).and_then(|key| match purpose {
             TicketPurpose::Lock { salt } => {
-                self.keyring.lock(&permit, &key, salt, &mut self.random).map_err(Refused::from)
+                let locked = self.keyring.lock(&permit, &key, salt, &mut self.random);
+                if locked.is_ok() {
+                    self.streams.0.clear();
+                }
+                locked.map_err(Refused::from)
             }
             TicketPurpose::Unlock => self.try_unlock(&permit, uid, &key, now),
         });
@@ -770,21 +790,28 @@ impl<R: Random> Core<R> {
     }
 }
 
-impl Session {
-    fn hold(&mut self, stream: OpenStream) -> Result<u32, Refused> {
-        if self.streams.len() >= REMOTE_STREAMS_MAX {
+impl Streams {
+    fn hold(&mut self, session: &mut Session, key: KeyId, stream: OpenStream) -> Result<u32, Refused> {
+        if self.0.keys().filter(|(session_number, _)| *session_number == session.number).count()
+            >= REMOTE_STREAMS_MAX
+        {
             return Err(Status::Limit.into());
         }
-        let number = self.next_stream;
-        self.next_stream = number.checked_add(1).ok_or(Status::Limit)?;
-        self.streams.insert(number, stream);
+        let number = session.next_stream;
+        session.next_stream = number.checked_add(1).ok_or(Status::Limit)?;
+        self.0.insert((session.number, number), (key, stream));
         Ok(number)
     }
 
     /// A stream whose number the client never learns is not kept.
-    fn keep_if<T>(&mut self, stream: u32, pushed: Result<T, ReplyError>) -> Result<T, ReplyError> {
+    fn keep_if<T>(
+        &mut self,
+        session: &Session,
+        stream: u32,
+        pushed: Result<T, ReplyError>,
+    ) -> Result<T, ReplyError> {
         if pushed.is_err() {
-            self.streams.remove(&stream);
+            self.0.remove(&(session.number, stream));
         }
         pushed
     }
@@ -793,14 +820,16 @@ impl Session {
 /// Seals the next chunks of a stream. A chunk is numbered here and sealed once; an error ends the stream.
 fn encrypt_chunks(
     _permit: &Permit,
-    session: &mut Session,
+    streams: &mut Streams,
+    session: &Session,
     stream: u32,
     plaintext: &[u8],
     request_id: u32,
     replies: &mut Replies,
 ) -> Result<(), Refused> {
     // Taken out, and put back only when all went well: an error ends the stream.
-    let Some(OpenStream::Encrypt { body, next }) = session.streams.remove(&stream) else {
+    let place = (session.number, stream);
+    let Some((key, OpenStream::Encrypt { body, next })) = streams.0.remove(&place) else {
         return Err(Status::NotFound.into());
     };
     let whole = plaintext.len() / CHUNK_LEN;
@@ -816,7 +845,7 @@ fn encrypt_chunks(
     })??;
     if !ends {
         let next = next.saturating_add(chunks as u64);
-        session.streams.insert(stream, OpenStream::Encrypt { body, next });
+        streams.0.insert(place, (key, OpenStream::Encrypt { body, next }));
     }
     Ok(())
 }
@@ -824,18 +853,23 @@ fn encrypt_chunks(
 /// Opens chunks of a stream, wherever they stand. An error ends the stream.
 fn decrypt_chunks(
     _permit: &Permit,
-    session: &mut Session,
+    streams: &mut Streams,
+    session: &Session,
     fields: kms_protocol::RemoteChunks,
     chunks: &[u8],
     request_id: u32,
     replies: &mut Replies,
 ) -> Result<(), Refused> {
-    let Some(OpenStream::Decrypt { body }) = session.streams.remove(&fields.stream) else {
+    let place = (session.number, fields.stream);
+    let Some((key, OpenStream::Decrypt { body })) = streams.0.remove(&place) else {
         return Err(Status::NotFound.into());
     };
     let whole = chunks.len() / SEALED_CHUNK_LEN;
     let rest = chunks.len() % SEALED_CHUNK_LEN;
-    if chunks.is_empty() || (rest != 0 && rest < TAG_LEN) {
+    if chunks.is_empty() {
+        return Err(Status::Malformed.into());
+    }
+    if rest != 0 && rest < TAG_LEN {
         return Err(Status::InvalidCiphertext.into());
     }
     let count = whole.saturating_add(usize::from(rest != 0));
@@ -843,16 +877,21 @@ fn decrypt_chunks(
     replies.push(request_id, &NoFields {}, plaintext_len, |out| {
         let mut first = fields.first;
         let mut chunk = zeroize::Zeroizing::new([0; SEALED_CHUNK_LEN]);
-        for (to, from) in out.chunks_mut(CHUNK_LEN).zip(chunks.chunks(SEALED_CHUNK_LEN)) {
+        // By the sealed chunks: an empty last one has no plaintext, and its tag is checked all the same.
+        let mut rest = out;
+        for from in chunks.chunks(SEALED_CHUNK_LEN) {
             let chunk = chunk.get_mut(..from.len()).ok_or(Status::Internal)?;
             chunk.copy_from_slice(from);
             body.open_chunks(first, chunk)?;
-            to.copy_from_slice(chunk.get(..to.len()).ok_or(Status::Internal)?);
+            let opened = chunk.get(..from.len().saturating_sub(TAG_LEN)).ok_or(Status::Internal)?;
+            let (to, behind) = rest.split_at_mut_checked(opened.len()).ok_or(Status::Internal)?;
+            to.copy_from_slice(opened);
+            rest = behind;
             first = first.saturating_add(1);
         }
         Ok::<(), Refused>(())
     })??;
-    session.streams.insert(fields.stream, OpenStream::Decrypt { body });
+    streams.0.insert(place, (key, OpenStream::Decrypt { body }));
     Ok(())
 }
 

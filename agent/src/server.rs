@@ -284,13 +284,14 @@ impl<R: Random + 'static> Server<R> {
             let mut connection = Connection {
                 stream,
                 peer,
-                session: Session::new(peer),
+                session: server.core.borrow_mut().begin(peer),
                 input: None,
                 output: None,
                 grant: None,
                 deadline: Some(Instant::now() + FRAME_DEADLINE),
             };
             let Closed = server.converse(&mut connection).await;
+            server.core.borrow_mut().end(&connection.session);
             if let Some(of_uid) = server.connections.borrow_mut().get_mut(&peer.uid) {
                 *of_uid = of_uid.saturating_sub(1);
             }

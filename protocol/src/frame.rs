@@ -13,6 +13,8 @@ use crate::{
     codec::{Malformed, encode_fields, encoded_fields_len},
 };
 
+//= docs/protocol.md#2-frame
+//# A frame is a head of 16 bytes, the fields, and the payload
 /// Length of the head, in bytes.
 pub const FRAME_HEAD_LEN: usize = 16;
 
@@ -45,16 +47,26 @@ impl FrameHead {
             length: u32::from_le_bytes([l0, l1, l2, l3]),
             fields_length: u32::from_le_bytes([f0, f1, f2, f3]),
         };
+        //= docs/protocol.md#21-head
+        //# A receiver MUST check the head in this order and act on the first failure: version, flags, length,
+        //# fields length.
         let request_id = head.request_id;
         if version != FRAME_VERSION {
             return Err(FrameError::Version { request_id });
         }
+        //= docs/protocol.md#21-head
+        //# A flag that is not zero MUST be refused, because a later version will set one only where ignoring
+        //# it would be wrong.
         if flags != 0 {
             return Err(FrameError::Flags { request_id });
         }
+        //= docs/protocol.md#22-limits-and-what-ends-a-connection
+        //# The length MUST be checked against the frame maximum before anything is read or reserved by it.
         if head.frame_len() > frame_max.min(FRAME_MAX) as u64 {
             return Err(FrameError::TooLarge { request_id });
         }
+        //= docs/protocol.md#21-head
+        //# Fields that are longer than the length MUST be refused.
         if head.fields_length > head.length {
             return Err(FrameError::Fields { request_id });
         }
@@ -80,6 +92,8 @@ pub struct Frame<'a> {
 }
 
 impl<'a> Frame<'a> {
+    //= docs/protocol.md#1-transport
+    //# a receiver MUST take any number of frames from one read, and one frame from any number of reads.
     /// Takes the frame at the front of `bytes`; `Ok(None)` while it has not all arrived.
     ///
     /// # Errors
@@ -102,6 +116,9 @@ impl<'a> Frame<'a> {
     }
 }
 
+//= docs/protocol.md#21-head
+//# Whatever a later version does, bytes 0 to 11 of a head keep their meaning, so that a refusal finds its
+//# request.
 /// A head that no frame of this protocol has. The connection ends after the answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum FrameError {

@@ -22,6 +22,8 @@ pub use types::{KeyName, NameError, Status};
 /// The version of the protocol that this crate speaks, raised by hand (`docs/protocol.md`, section 2).
 pub const PROTOCOL_VERSION: u16 = 1;
 
+//= docs/protocol.md#22-limits-and-what-ends-a-connection
+//# a client MUST refuse one that is longer than 1,048,576 bytes.
 /// Length of the largest frame, head included, in bytes; the default and the ceiling of `limits.frame`.
 pub const FRAME_MAX: usize = 1024 * 1024;
 

@@ -82,6 +82,8 @@ opcodes! {
     RemoteStreamClose = 0x0028, "remote-stream-close";
 }
 
+//= docs/protocol.md#23-encoding-of-fields
+//# A message without fields has a fields length of 0.
 /// A message without fields.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
 pub struct NoFields {}
@@ -120,6 +122,8 @@ pub struct Welcome {
     pub features: u64,
 }
 
+//= docs/protocol.md#52-refusal
+//# The fields of every reply whose status is not `ok`, whatever was asked. There is no payload.
 /// The fields of every reply whose status is not `ok`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
 pub struct Refusal {
@@ -127,6 +131,8 @@ pub struct Refusal {
     pub retry_after_ms: u32,
 }
 
+//= docs/protocol.md#keyref
+//# Tag 2 is reserved for a number that is bound on the connection.
 /// Which key is meant. Tag 2 is reserved for a number bound on the connection.
 #[derive(Clone, Copy, PartialEq, Eq, Encode, BorrowDecode)]
 pub enum KeyRef<'a> {
@@ -154,6 +160,9 @@ pub enum Material {
     Import,
 }
 
+//= docs/protocol.md#constraint
+//# A kind that the agent does not take (the reply to `hello` lists those that it takes) refuses the whole
+//# request with `unsupported`.
 /// A restriction that a key is added with. An unknown kind refuses the whole request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
 pub struct Constraint {
@@ -215,6 +224,8 @@ pub struct Listed {
     pub next: u64,
 }
 
+//= docs/protocol.md#keystate
+//# What a key or a version can be used for. Tags from 1 on are reserved.
 /// What a key or a version can be used for. Tags from 1 on are reserved for the states that the keystore brings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
 pub enum KeyState {
@@ -343,6 +354,8 @@ pub struct StatusReply {
     pub facts: Vec<Fact>,
 }
 
+//= docs/protocol.md#53-facts-of-status
+//# A client MUST show facts that it does not know, and MUST NOT fail for one that is missing.
 /// One fact of a [`StatusReply`].
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
 pub struct Fact {
@@ -441,6 +454,8 @@ impl<'a> Request<'a> {
     /// [`Malformed`].
     pub fn decode(opcode: Opcode, frame: &Frame<'a>) -> Result<Self, Malformed> {
         let Frame { fields, payload, .. } = *frame;
+        //= docs/protocol.md#22-limits-and-what-ends-a-connection
+        //# fields that do not decode (section 2.3), or a payload with an opcode that has none
         let bare = |payload: &[u8]| if payload.is_empty() { Ok(()) } else { Err(Malformed) };
         let no_fields = || decode_fields::<NoFields>(fields).map(|NoFields {}| ());
         match opcode {

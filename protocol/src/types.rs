@@ -4,6 +4,8 @@ use std::fmt;
 
 use thiserror::Error;
 
+//= docs/protocol.md#41-names-of-keys
+//# A name of a key MUST be 1 to 255 bytes of `A-Z a-z 0-9 . _ / -` and MUST NOT start with `-` or `/`.
 /// The name of a key: 1 to 255 bytes of `A-Z a-z 0-9 . _ / -`, not starting with `-` or `/`
 /// (`docs/protocol.md`, section 4.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -65,6 +67,8 @@ pub enum NameError {
 
 macro_rules! statuses {
     ($($(#[$doc:meta])* $variant:ident = $code:literal, $name:literal, $exit:literal;)*) => {
+        //= docs/protocol.md#3-statuses
+        //# The list is closed: the agent MUST NOT send a number that does not stand here.
         /// What a reply says; closed (`docs/protocol.md`, section 3). `Ok` is 0, the others are refusals.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         #[non_exhaustive]
@@ -121,6 +125,8 @@ statuses! {
     Exists = 7, "exists", 1;
     /// The ciphertext names another key than the request.
     WrongKey = 8, "wrong-key", 1;
+    //= docs/protocol.md#3-statuses
+    //# A reserved status will be sent by a later release only; a client MUST know it now.
     /// The key version is disabled, below the minimum or pending removal.
     Disabled = 9, "disabled", 1;
     /// Wrong context, truncated or changed: one and the same failure.

@@ -1,0 +1,109 @@
+//! What must not stay behind when a signal ends the program: a half-written file, a terminal without echo.
+
+use std::{
+    fs::{self, File},
+    path::PathBuf,
+    sync::{Mutex, MutexGuard, PoisonError},
+    thread,
+};
+
+use nix::sys::{
+    signal::{SigSet, Signal, raise},
+    termios::{LocalFlags, SetArg, Termios, tcgetattr, tcsetattr},
+};
+
+static LEFTOVERS: Mutex<Leftovers> = Mutex::new(Leftovers { file: None, terminal: None });
+
+struct Leftovers {
+    file: Option<PathBuf>,
+    terminal: Option<(File, Termios)>,
+}
+
+/// Starts the thread that cleans up. Without it signals end the program at once, and nothing is worse than that.
+pub(super) fn watch() {
+    let mut deadly = SigSet::empty();
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        deadly.add(signal);
+    }
+    let mut stop = SigSet::empty();
+    stop.add(Signal::SIGTSTP);
+    let mut all = deadly;
+    all.extend(&stop);
+    // Every thread inherits this, so that the signals reach the one that waits for them.
+    if all.thread_block().is_err() {
+        return;
+    }
+    let watching = thread::Builder::new().name("signals".into()).spawn(move || {
+        let Ok(signal) = deadly.wait() else { return };
+        let mut leftovers = lock();
+        clean(&mut leftovers);
+        // Still holding the lock: nobody may make new leftovers now. The signal's own action tells our parent what happened.
+        let _ = deadly.thread_unblock();
+        let _ = raise(signal);
+    });
+    if watching.is_err() {
+        let _ = deadly.thread_unblock();
+    }
+    let _ = stop.thread_unblock();
+}
+
+/// Removes `path` if a signal comes.
+pub(super) fn remove_at_end(path: PathBuf) {
+    lock().file = Some(path);
+}
+
+/// Runs `whole` without a signal in between, after which there is nothing to remove any more.
+pub(super) fn finish<T>(whole: impl FnOnce() -> T) -> T {
+    let mut leftovers = lock();
+    let done = whole();
+    leftovers.file = None;
+    done
+}
+
+/// Runs `ask` with the terminal's echo off, from before the prompt shows. It is on again when a signal ends the program, and the
+/// program cannot be suspended meanwhile: a shell that resumes it would have switched the echo on.
+pub(super) fn with_terminal<T>(ask: impl FnOnce() -> T) -> T {
+    let mut stop = SigSet::empty();
+    stop.add(Signal::SIGTSTP);
+    let blocked = stop.thread_block().is_ok();
+    let terminal = File::options().read(true).write(true).open("/dev/tty").ok();
+    if let Some((terminal, settings)) = terminal.and_then(|file| tcgetattr(&file).ok().map(|set| (file, set)))
+    {
+        let mut silent = settings.clone();
+        silent.local_flags.remove(LocalFlags::ECHO | LocalFlags::ECHONL);
+        // Behind the lock, so that a signal finds either nothing to restore or what was there before.
+        let mut leftovers = lock();
+        let _ = tcsetattr(&terminal, SetArg::TCSANOW, &silent);
+        leftovers.terminal = Some((terminal, settings));
+    }
+    let answer = ask();
+    restore(&mut lock());
+    if blocked {
+        let _ = stop.thread_unblock();
+    }
+    answer
+}
+
+/// Lets a signal that this thread sent itself end the program.
+pub(super) fn give_way() {
+    let mut interrupt = SigSet::empty();
+    interrupt.add(Signal::SIGINT);
+    let _ = interrupt.thread_unblock();
+}
+
+fn clean(leftovers: &mut Leftovers) {
+    if let Some(file) = leftovers.file.take() {
+        let _ = fs::remove_file(file);
+    }
+    restore(leftovers);
+}
+
+fn restore(leftovers: &mut Leftovers) {
+    if let Some((terminal, settings)) = leftovers.terminal.take() {
+        let _ = tcsetattr(&terminal, SetArg::TCSANOW, &settings);
+    }
+}
+
+fn lock() -> MutexGuard<'static, Leftovers> {
+    LEFTOVERS.lock().unwrap_or_else(PoisonError::into_inner)
+}

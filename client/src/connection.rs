@@ -1,0 +1,410 @@
+//! The connection to the agent: a Unix stream socket, with a limit on every wait.
+//!
+//! Owns the check of who serves: the uid that called `listen` before anything is sent, and the sender of the hello's reply
+//! before anything else is sent, since behind socket activation only that one is the agent. Lengths from the peer are checked
+//! before memory is taken for them. No byte that arrived stays behind in the inbox.
+
+use std::{
+    io::{self, IoSliceMut},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use kms_protocol::{FRAME_MAX, FrameHead, Hello, Opcode, PROTOCOL_VERSION, Request, Welcome, decode_fields};
+use kms_secret_memory::SecretVec;
+use nix::{
+    cmsg_space,
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::{
+        socket::{
+            AddressFamily, ControlMessageOwned, MsgFlags, Shutdown, SockFlag, SockType, UnixAddr,
+            UnixCredentials, connect, getsockopt, recv, recvmsg, send, setsockopt, shutdown, socket,
+            sockopt::{PassCred, PeerCredentials, ReceiveTimeout, SendTimeout},
+        },
+        time::TimeVal,
+    },
+};
+use zeroize::Zeroize;
+
+use crate::{
+    error::{Error, ReplyError},
+    locate::Trust,
+    wire::{self, Reply},
+};
+
+/// Holds a hello's reply and every other reply without data, so that such a reply takes one call.
+const INBOX_LEN: usize = 8 * 1024;
+
+/// An agent that takes shorter frames than this could not even take a message of 64 KiB.
+const FRAME_MAX_LEAST: usize = 128 * 1024;
+
+/// Both directions of a connection that has had its hello.
+pub(crate) struct Connection {
+    pub(crate) sender: Sender,
+    pub(crate) receiver: Receiver,
+    pub(crate) welcome: Welcome,
+    /// Who sent the hello's reply.
+    pub(crate) server_uid: u32,
+    pub(crate) path: PathBuf,
+    broken: bool,
+}
+
+impl Connection {
+    /// Connects, checks who serves, says hello.
+    pub(crate) fn open(path: &Path, trust: &Trust, limit: Duration) -> Result<Self, Error> {
+        let refused = |errno: Errno| Error::Connect { socket: path.to_owned(), source: errno.into() };
+        let address = UnixAddr::new(path).map_err(refused)?;
+        let socket =
+            socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).map_err(refused)?;
+        // Before `connect`: the first bytes of the server could otherwise arrive without their sender.
+        setsockopt(&socket, PassCred, &true).map_err(refused)?;
+        // A full backlog would otherwise hold `connect` for ever.
+        setsockopt(&socket, SendTimeout, &time_val(limit)).map_err(refused)?;
+        connect(socket.as_raw_fd(), &address).map_err(refused)?;
+        let listener = getsockopt(&socket, PeerCredentials)
+            .map_err(|_| Error::UnidentifiedServer { socket: path.to_owned() })?;
+        if !trust.allows(listener.uid()) {
+            return Err(Error::UntrustedServer { socket: path.to_owned(), uid: listener.uid() });
+        }
+        Self::greet(socket, path, trust, limit)
+    }
+
+    fn greet(socket: OwnedFd, path: &Path, trust: &Trust, limit: Duration) -> Result<Self, Error> {
+        let socket = Arc::new(socket);
+        let mut sender = Sender { socket: Arc::clone(&socket), next_id: 1, frame_max: FRAME_MAX, limit };
+        let mut receiver = Receiver {
+            socket,
+            inbox: Inbox::new(),
+            frame_max: FRAME_MAX,
+            armed: None,
+            credentials: Some(Credentials { sender: None }),
+        };
+        let wrong = |source: Error| match source {
+            Error::Reply(_) | Error::Timeout { .. } | Error::Connection(_) => {
+                Error::NotAnAgent { socket: path.to_owned(), source: Box::new(source) }
+            }
+            Error::Closed => Error::ClosedBeforeHello { socket: path.to_owned() },
+            other => other,
+        };
+        let (operation, id) =
+            sender.send(&Request::Hello(Hello { version: PROTOCOL_VERSION })).map_err(wrong)?;
+        let reply = receiver.receive(SecretVec::with_capacity(0), limit);
+        // Who answered is judged before what was answered.
+        let answered_by = receiver.credentials.take().and_then(|credentials| credentials.sender);
+        if let Some(uid) = answered_by
+            && !trust.allows(uid)
+        {
+            return Err(Error::UntrustedServer { socket: path.to_owned(), uid });
+        }
+        let reply = reply.map_err(wrong)?;
+        let server_uid = answered_by.ok_or_else(|| Error::UnidentifiedServer { socket: path.to_owned() })?;
+        let accepted = reply.accept(operation, id).map_err(wrong)?;
+        let welcome: Welcome = accepted.fields(decode_fields).map_err(|error| wrong(error.into()))?;
+        if welcome.version != PROTOCOL_VERSION {
+            return Err(wrong(ReplyError::Version(welcome.version).into()));
+        }
+        let frame_max = usize::try_from(welcome.frame_max).unwrap_or(FRAME_MAX).min(FRAME_MAX);
+        if frame_max < FRAME_MAX_LEAST {
+            return Err(wrong(ReplyError::Limits.into()));
+        }
+        sender.frame_max = frame_max;
+        receiver.frame_max = frame_max;
+        // From here on the kernel need not name the sender of every piece any more; it is only time that this saves.
+        let _ = setsockopt(&receiver.socket.as_fd(), PassCred, &false);
+        Ok(Self { sender, receiver, welcome, server_uid, path: path.to_owned(), broken: false })
+    }
+
+    /// Sends a request and waits for its reply, `limit` at most.
+    pub(crate) fn call(&mut self, request: &Request<'_>, limit: Duration) -> Result<Call, Error> {
+        self.usable()?;
+        let (operation, id) = self.sender.send(request).inspect_err(|error| self.broken = breaks(error))?;
+        let reply = self.receiver.receive(SecretVec::with_capacity(0), limit);
+        let reply = reply.inspect_err(|_| self.broken = true)?;
+        Ok(Call { operation, id, reply })
+    }
+
+    /// Fails after an earlier failure.
+    pub(crate) fn usable(&self) -> Result<(), Error> {
+        if self.broken { Err(Error::Broken) } else { Ok(()) }
+    }
+
+    /// Ends the connection after a failure that left it in the middle of an answer.
+    pub(crate) fn break_off(&mut self) {
+        self.broken = true;
+        self.sender.ending().shut();
+    }
+
+    /// Waits for `time`, or until the agent closes the connection.
+    pub(crate) fn wait(&self, time: Duration) -> Result<(), Error> {
+        let time = PollTimeout::try_from(time).unwrap_or(PollTimeout::MAX);
+        let mut polled = [PollFd::new(self.receiver.socket.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut polled, time) {
+            Ok(0) | Err(Errno::EINTR) => Ok(()),
+            Ok(_) => Err(Error::Closed),
+            Err(errno) => Err(Error::Connection(errno.into())),
+        }
+    }
+}
+
+/// Whether the connection is of no use after this failure to send.
+fn breaks(error: &Error) -> bool {
+    !matches!(error, Error::TooLong { .. })
+}
+
+/// A reply, with what it answers.
+pub(crate) struct Call {
+    operation: Opcode,
+    id: u32,
+    reply: Reply,
+}
+
+impl Call {
+    /// As [`Reply::accept`].
+    pub(crate) fn accept(&self) -> Result<wire::Accepted<'_>, Error> {
+        self.reply.accept(self.operation, self.id)
+    }
+}
+
+/// The sending half.
+pub(crate) struct Sender {
+    socket: Arc<OwnedFd>,
+    next_id: u32,
+    pub(crate) frame_max: usize,
+    limit: Duration,
+}
+
+impl Sender {
+    /// The id of the next request.
+    pub(crate) fn next_id(&mut self) -> u32 {
+        let id = self.next_id;
+        self.next_id = id.wrapping_add(1);
+        id
+    }
+
+    /// Sends a request.
+    pub(crate) fn send(&mut self, request: &Request<'_>) -> Result<(Opcode, u32), Error> {
+        let id = self.next_id();
+        let bytes = wire::encode(request, id, self.frame_max)?;
+        self.send_bytes(bytes.expose_secret())?;
+        Ok((wire::operation(request), id))
+    }
+
+    /// Sends a whole frame. A peer that does not take it within the limit is given up.
+    pub(crate) fn send_bytes(&self, mut bytes: &[u8]) -> Result<(), Error> {
+        let start = Instant::now();
+        while !bytes.is_empty() {
+            match send(self.socket.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL) {
+                Ok(sent) => bytes = bytes.get(sent..).unwrap_or_default(),
+                Err(Errno::EINTR | Errno::EAGAIN) => {}
+                Err(Errno::EPIPE | Errno::ECONNRESET) => return Err(Error::Closed),
+                Err(errno) => return Err(Error::Connection(errno.into())),
+            }
+            // The kernel's limit is for each wait; a peer that takes a byte at a time must not renew it for ever.
+            if !bytes.is_empty() && start.elapsed() >= self.limit {
+                return Err(Error::Timeout { limit: self.limit });
+            }
+        }
+        Ok(())
+    }
+
+    /// A way to end the connection from another thread.
+    pub(crate) fn ending(&self) -> Ending {
+        Ending(Arc::clone(&self.socket))
+    }
+}
+
+/// Ends a connection while it is in use.
+pub(crate) struct Ending(Arc<OwnedFd>);
+
+impl Ending {
+    /// Ends both directions, so that whoever waits on the socket wakes up.
+    pub(crate) fn shut(&self) {
+        let _ = shutdown(self.0.as_raw_fd(), Shutdown::Both);
+    }
+}
+
+/// The receiving half.
+pub(crate) struct Receiver {
+    socket: Arc<OwnedFd>,
+    inbox: Inbox,
+    frame_max: usize,
+    /// The limit that the kernel was last given.
+    armed: Option<Duration>,
+    /// While the hello's reply is awaited.
+    credentials: Option<Credentials>,
+}
+
+/// Who sent what arrived.
+struct Credentials {
+    sender: Option<u32>,
+}
+
+impl Receiver {
+    /// The next reply, whole, within `limit`. `buffer` is used when it is large enough.
+    pub(crate) fn receive(&mut self, buffer: SecretVec, limit: Duration) -> Result<Reply, Error> {
+        let start = Instant::now();
+        let head = loop {
+            if let Some(head) =
+                FrameHead::parse(self.inbox.filled(), self.frame_max).map_err(ReplyError::Frame)?
+            {
+                break head;
+            }
+            self.wait_at_most(start, limit)?;
+            let room = self.inbox.room();
+            let got = match &mut self.credentials {
+                None => receive_some(&self.socket, room),
+                Some(credentials) => receive_with_sender(&self.socket, room, credentials),
+            }
+            .map_err(|error| failed(error, limit))?;
+            self.inbox.end = self.inbox.end.saturating_add(got);
+        };
+        // At most the ceiling: `parse` has compared it.
+        let len = usize::try_from(head.frame_len()).map_err(|_| ReplyError::Shape)?;
+        let mut bytes = if buffer.capacity() >= len { buffer } else { SecretVec::with_capacity(len) };
+        let mut rest = bytes.as_mut_slice().get_mut(..len).ok_or(ReplyError::Shape)?;
+        while !rest.is_empty() {
+            let got = match self.inbox.take(rest) {
+                0 => {
+                    self.wait_at_most(start, limit)?;
+                    let got = match &mut self.credentials {
+                        None => receive_some(&self.socket, rest),
+                        Some(credentials) => receive_with_sender(&self.socket, rest, credentials),
+                    };
+                    got.map_err(|error| failed(error, limit))?
+                }
+                taken => taken,
+            };
+            rest = rest.get_mut(got..).unwrap_or_default();
+        }
+        bytes.truncate(len);
+        Ok(Reply::new(bytes))
+    }
+
+    /// Tells the kernel how long the next wait may be.
+    fn wait_at_most(&mut self, start: Instant, limit: Duration) -> Result<(), Error> {
+        let elapsed = start.elapsed();
+        // The clock is asked for every piece, the kernel told only when it matters: a long reply has many pieces.
+        let time = if elapsed <= limit / 16 { limit } else { limit.saturating_sub(elapsed) };
+        if time.is_zero() {
+            return Err(Error::Timeout { limit });
+        }
+        if self.armed != Some(time) {
+            setsockopt(&self.socket.as_fd(), ReceiveTimeout, &time_val(time))
+                .map_err(|errno| Error::Connection(errno.into()))?;
+            self.armed = Some(time);
+        }
+        Ok(())
+    }
+}
+
+fn receive_some(socket: &OwnedFd, buf: &mut [u8]) -> Result<usize, Errno> {
+    loop {
+        match recv(socket.as_raw_fd(), buf, MsgFlags::empty()) {
+            Ok(0) => return Err(Errno::ECONNRESET),
+            Err(Errno::EINTR) => {}
+            got => return got,
+        }
+    }
+}
+
+/// As [`receive_some`], and notes who sent it: the first untrusted uid would do, so a second sender replaces nothing but is an
+/// error.
+fn receive_with_sender(
+    socket: &OwnedFd,
+    buf: &mut [u8],
+    credentials: &mut Credentials,
+) -> Result<usize, Errno> {
+    // Room for one sender and nothing else: descriptors that come along are closed by the kernel.
+    let mut control = cmsg_space!(UnixCredentials);
+    let mut slices = [IoSliceMut::new(buf)];
+    let message = loop {
+        match recvmsg::<()>(socket.as_raw_fd(), &mut slices, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC) {
+            Err(Errno::EINTR) => {}
+            message => break message?,
+        }
+    };
+    if message.bytes == 0 {
+        return Err(Errno::ECONNRESET);
+    }
+    let mut sender = None;
+    for control in message.cmsgs()? {
+        match control {
+            ControlMessageOwned::ScmCredentials(found) => sender = Some(found.uid()),
+            _ => return Err(Errno::EPROTO),
+        }
+    }
+    match (credentials.sender, sender) {
+        (_, None) => Err(Errno::EPROTO),
+        (Some(before), Some(now)) if before != now => Err(Errno::EPROTO),
+        (_, now) => {
+            credentials.sender = now;
+            Ok(message.bytes)
+        }
+    }
+}
+
+fn failed(errno: Errno, limit: Duration) -> Error {
+    match errno {
+        Errno::EAGAIN => Error::Timeout { limit },
+        Errno::ECONNRESET | Errno::EPIPE => Error::Closed,
+        errno => Error::Connection(io::Error::from(errno)),
+    }
+}
+
+fn time_val(time: Duration) -> TimeVal {
+    // Zero would mean "for ever".
+    let micros = time.as_micros().clamp(1, 1_000_000_000_000_000);
+    let micros = i64::try_from(micros).unwrap_or(1);
+    TimeVal::new(micros / 1_000_000, micros % 1_000_000)
+}
+
+/// What arrived beyond the frame in hand.
+struct Inbox {
+    bytes: Box<[u8; INBOX_LEN]>,
+    start: usize,
+    end: usize,
+}
+
+impl Inbox {
+    fn new() -> Self {
+        Self { bytes: Box::new([0; INBOX_LEN]), start: 0, end: 0 }
+    }
+
+    fn filled(&self) -> &[u8] {
+        self.bytes.get(self.start..self.end).unwrap_or_default()
+    }
+
+    /// Where more can be read to; never empty while less than the head of a frame is there.
+    fn room(&mut self) -> &mut [u8] {
+        if self.start > 0 {
+            self.bytes.copy_within(self.start..self.end, 0);
+            let len = self.end.saturating_sub(self.start);
+            if let Some(left) = self.bytes.get_mut(len..self.end) {
+                left.zeroize();
+            }
+            (self.start, self.end) = (0, len);
+        }
+        self.bytes.get_mut(self.end..).unwrap_or_default()
+    }
+
+    /// Moves bytes to `out` and says how many.
+    fn take(&mut self, out: &mut [u8]) -> usize {
+        let len = out.len().min(self.end.saturating_sub(self.start));
+        let end = self.start.saturating_add(len);
+        if let (Some(from), Some(to)) = (self.bytes.get_mut(self.start..end), out.get_mut(..len)) {
+            to.copy_from_slice(from);
+            from.zeroize();
+        }
+        self.start = end;
+        len
+    }
+}
+
+impl Drop for Inbox {
+    fn drop(&mut self) {
+        self.bytes.zeroize();
+    }
+}

@@ -1,0 +1,36 @@
+//! The blocking client of kms-agent, and behind the feature `cli` the whole of `kmsctl`.
+//!
+//! Owns the way to the agent: where its socket is, whether who serves it is to be trusted, requests and replies
+//! (`docs/protocol.md`), and the pumps that move streams on all cores (`docs/formats.md`, section 8). Nothing is sent before
+//! the server's uid is known and trusted. It never holds a key-encryption key, never decides who may do what, and never
+//! releases a decrypted byte that was not authentic.
+
+#[cfg(feature = "cli")]
+pub mod cli;
+mod client;
+mod connection;
+mod error;
+mod locate;
+mod pump;
+mod remote;
+mod stream;
+#[cfg(feature = "cli")]
+mod sys;
+mod wire;
+
+#[cfg(test)]
+mod tests;
+
+pub use kms_envelope::{EncryptionContext, Header, KeyId, Purpose};
+pub use kms_protocol::{
+    Added, Constraint, Description, Fact, KeyName, KeyRef, KeyRow, KeyState, LockState, Opcode, Removed,
+    Status, StatusReply, VersionRow, Welcome,
+};
+pub use kms_secret_memory::{Secret, SecretVec};
+
+pub use crate::{
+    client::{Client, Keys, NewKey, Options},
+    error::{Error, ReplyError},
+    remote::{RemoteOpening, RemoteSealing},
+    stream::{Head, Input, LocalOpening, LocalSealing, Output, Progress},
+};

@@ -1,0 +1,59 @@
+//! Where the programs under test are, and what else a test may ask of the machine.
+
+use std::{
+    env,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+/// The shipped program of this name: in the folder that `KMS_TEST_BIN` names, else in `release` of the target folder.
+///
+/// # Panics
+/// When it is not there, with the command that builds it.
+#[must_use]
+pub fn program(name: &str) -> PathBuf {
+    let folder = match env::var_os("KMS_TEST_BIN") {
+        Some(folder) => PathBuf::from(folder),
+        None => target_folder().join("release"),
+    };
+    let path = folder.join(name);
+    assert!(
+        path.is_file(),
+        "{} is not there: build it with `cargo build --release --locked`, or set KMS_TEST_BIN to the folder of the programs",
+        path.display()
+    );
+    path
+}
+
+fn target_folder() -> PathBuf {
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    // An absolute CARGO_TARGET_DIR stays as it is.
+    workspace.join(env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into()))
+}
+
+/// The tools of other packages that tests call, with the Debian package that has them.
+const TOOLS: &[(&str, &str)] = &[
+    ("gdb", "gdb"),
+    ("prlimit", "util-linux"),
+    ("setpriv", "util-linux"),
+    ("sh", "dash"),
+    ("strace", "strace"),
+];
+
+/// A command that runs a tool of the machine.
+///
+/// # Panics
+/// When the tool is not there, with the name of its Debian package.
+#[must_use]
+pub fn tool(name: &str) -> Command {
+    let package = TOOLS.iter().find(|(tool, _)| *tool == name).map_or("?", |(_, package)| package);
+    let path = env::var_os("PATH").unwrap_or_default();
+    let found = env::split_paths(&path).map(|folder| folder.join(name)).find(|path| path.is_file());
+    Command::new(found.unwrap_or_else(|| panic!("this test needs {name}: apt-get install {package}")))
+}
+
+/// # Panics
+/// When this is not root: whoever must become another user, or look into a process that is not dumpable, needs that.
+pub fn needs_root() {
+    assert!(nix::unistd::getuid().is_root(), "this test needs root: run the tests as root (sudo tests/run)");
+}

@@ -1,0 +1,11 @@
+//! Scenarios of the shipped agent over its real socket.
+//!
+//! One binary, so that the scenarios share the machine's cores; each starts an agent of its own and, unless it says
+//! otherwise, ends with that agent stopped, its folder empty and no panic counted.
+
+mod frames;
+mod lock;
+mod memory;
+mod operations;
+mod peers;
+mod start;
