@@ -109,9 +109,11 @@ impl Image {
         // Of random words one in 2^16 is below 2^48, where counts, lengths and pointers are.
         let random = |word: &[u8]| u64::from_le_bytes(word.try_into().unwrap()) >> 48 != 0;
         self.parts.iter().flat_map(move |part| {
-            part.bytes.windows(KEY_LEN).step_by(8).filter_map(move |window| {
-                window.chunks_exact(8).all(random).then(|| window.try_into().unwrap())
-            })
+            part.bytes
+                .windows(KEY_LEN)
+                .step_by(8)
+                .filter(move |window| window.chunks_exact(8).all(random))
+                .map(|window| window.try_into().unwrap())
         })
     }
 
