@@ -287,6 +287,12 @@ mod tests {
             Trust::examine(&link.join("s"), 1234, None),
             Err(Error::UntrustedPlace { owner: 4321, .. })
         ));
+        let open = root.path().join("open");
+        fs::create_dir(&open).unwrap();
+        symlink(&dir, open.join("link")).unwrap();
+        assert!(Trust::examine(&open.join("link/s"), 1234, None).unwrap().allows(4321));
+        fs::set_permissions(&open, PermissionsExt::from_mode(0o1777)).unwrap();
+        assert!(Trust::examine(&open.join("link/s"), 1234, None).is_err());
         // One of root's own makes no difference.
         symlink(&dir, root.path().join("link")).unwrap();
         assert!(Trust::examine(&root.path().join("link/s"), 1234, None).unwrap().allows(4321));

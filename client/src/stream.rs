@@ -253,7 +253,7 @@ impl<'a> Output<'a> {
             let len = expected.and_then(|len| usize::try_from(len).ok()).unwrap_or(HELD_MAX);
             // A stream that is known to be longer is released chunk by chunk from the start.
             state.get_mut().unwrap_or_else(PoisonError::into_inner).held =
-                (len <= HELD_MAX).then(|| SecretVec::with_capacity(len));
+                (len <= HELD_MAX).then(Held::default);
         }
     }
 
@@ -301,16 +301,27 @@ enum Sink<'a> {
 
 struct Ordered<'a> {
     writer: Box<dyn Write + Send + 'a>,
-    held: Option<SecretVec>,
+    held: Option<Held>,
     released: bool,
+}
+
+/// Plaintext that waits for the rest of its stream.
+#[derive(Default)]
+struct Held {
+    pieces: Vec<SecretVec>,
+    len: usize,
 }
 
 impl Ordered<'_> {
     fn write(&mut self, slices: &mut [IoSlice<'_>]) -> io::Result<()> {
         if let Some(held) = &mut self.held {
-            let len = slices.iter().fold(held.len(), |sum, slice| sum.saturating_add(slice.len()));
-            if len <= held.capacity() {
-                return slices.iter().try_for_each(|slice| held.push_slice(slice).map_err(io::Error::other));
+            let len = slices.iter().fold(0_usize, |sum, slice| sum.saturating_add(slice.len()));
+            if held.len.saturating_add(len) <= HELD_MAX {
+                let mut piece = SecretVec::with_capacity(len);
+                slices.iter().try_for_each(|slice| piece.push_slice(slice)).map_err(io::Error::other)?;
+                held.pieces.push(piece);
+                held.len = held.len.saturating_add(len);
+                return Ok(());
             }
             self.let_go()?;
         }
@@ -319,9 +330,11 @@ impl Ordered<'_> {
     }
 
     fn let_go(&mut self) -> io::Result<()> {
-        let Some(held) = self.held.take().filter(|held| !held.is_empty()) else { return Ok(()) };
-        self.released = true;
-        self.writer.write_all(held.expose_secret())
+        for piece in self.held.take().unwrap_or_default().pieces {
+            self.released = self.released || !piece.is_empty();
+            self.writer.write_all(piece.expose_secret())?;
+        }
+        Ok(())
     }
 }
 
