@@ -139,7 +139,8 @@ impl Config {
     fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
         let syntax = |error: toml::de::Error| ConfigError::Syntax {
             path: path.to_owned(),
-            message: error.to_string().trim_end().to_owned(),
+            // It quotes the file, and a terminal obeys some characters.
+            message: error.to_string().trim_end().replace(|c: char| c.is_control() && c != '\n', "?"),
         };
         let table: toml::Table = text.parse().map_err(syntax)?;
         refuse_unknown(table.keys(), KEYS, "", path)?;

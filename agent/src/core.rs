@@ -21,6 +21,7 @@ use kms_protocol::{
     constraint,
 };
 use kms_secret_memory::{Secret, SecretVec};
+use zeroize::Zeroize;
 
 use crate::{
     authorize::{Peer, Permit, Policy, authorize},
@@ -424,12 +425,17 @@ impl<R: Random> Core<R> {
             }
             Request::List(list) => {
                 let (rows, next) = self.keyring.page(&permit, list.cursor)?;
-                let keys = rows.into_iter().map(row).collect();
-                push(replies, request_id, &Listed { keys, next })?;
+                let mut listed = Listed { keys: rows.iter().map(row).collect(), next };
+                let pushed = push(replies, request_id, &listed);
+                listed.keys.iter_mut().for_each(|row| row.name.zeroize());
+                pushed?;
             }
             Request::Describe(describe) => {
                 let summary = self.keyring.describe(&permit, selector(describe.key)?)?;
-                push(replies, request_id, &description(summary, describe.versions_after))?;
+                let mut description = description(&summary, describe.versions_after);
+                let pushed = push(replies, request_id, &description);
+                description.key.name.zeroize();
+                pushed?;
             }
             Request::Remove(remove) => {
                 let removed = match self.repeats.find(session.peer.uid, remove.token) {
@@ -940,9 +946,9 @@ fn added(summary: &KeySummary, created: bool) -> Added {
     }
 }
 
-fn row(summary: KeySummary) -> KeyRow {
+fn row(summary: &KeySummary) -> KeyRow {
     KeyRow {
-        name: summary.name.into(),
+        name: summary.name.as_str().to_owned(),
         id: *summary.id.as_bytes(),
         memory_only: true,
         state: KeyState::Enabled,
@@ -956,7 +962,7 @@ fn row(summary: KeySummary) -> KeyRow {
     }
 }
 
-fn description(summary: KeySummary, versions_after: u32) -> Description {
+fn description(summary: &KeySummary, versions_after: u32) -> Description {
     let version = VersionRow {
         version: summary.primary.value(),
         state: KeyState::Enabled,

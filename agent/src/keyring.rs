@@ -62,6 +62,12 @@ pub(crate) struct KeySummary {
     pub(crate) uses: u64,
 }
 
+impl Drop for KeySummary {
+    fn drop(&mut self) {
+        self.name.zeroize();
+    }
+}
+
 /// A key as it lies in ordinary memory.
 struct KeyRecord {
     name: CompactString,
@@ -102,11 +108,45 @@ struct LockedKeys {
 struct OpenKeys {
     shield: Shield,
     /// Slots; a freed one is used again.
-    records: Vec<Option<KeyRecord>>,
+    records: Slots,
     free: Vec<u32>,
     by_name: HashTable<u32>,
     by_id: HashTable<u32>,
     hasher: RandomState,
+}
+
+/// Records in blocks that never move: a vector that grows leaves names behind, where no lock finds them.
+#[derive(Default)]
+struct Slots(Vec<Vec<Option<KeyRecord>>>);
+
+impl Slots {
+    const BLOCK: usize = 256;
+
+    fn len(&self) -> usize {
+        let full = self.0.len().saturating_sub(1).saturating_mul(Self::BLOCK);
+        full.saturating_add(self.0.last().map_or(0, Vec::len))
+    }
+
+    fn get(&self, slot: usize) -> Option<&Option<KeyRecord>> {
+        self.0.get(slot / Self::BLOCK)?.get(slot % Self::BLOCK)
+    }
+
+    fn get_mut(&mut self, slot: usize) -> Option<&mut Option<KeyRecord>> {
+        self.0.get_mut(slot / Self::BLOCK)?.get_mut(slot % Self::BLOCK)
+    }
+
+    fn push(&mut self, record: KeyRecord) {
+        if self.0.last().is_none_or(|block| block.len() == Self::BLOCK) {
+            self.0.push(Vec::with_capacity(Self::BLOCK));
+        }
+        if let Some(block) = self.0.last_mut() {
+            block.push(Some(record));
+        }
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &KeyRecord> {
+        self.0.iter().flatten().flatten()
+    }
 }
 
 enum State {
@@ -210,7 +250,7 @@ impl Keyring {
     pub(crate) fn remove(&mut self, _permit: &Permit, key: Selector<'_>) -> Result<KeyId, KeyringError> {
         let (open, _) = self.open()?;
         let slot = open.slot(key).ok_or(KeyringError::NotFound)?;
-        open.take(slot).map(|record| record.id).ok_or(KeyringError::NotFound)
+        open.take(slot).ok_or(KeyringError::NotFound)
     }
 
     /// What is known of a key.
@@ -231,7 +271,7 @@ impl Keyring {
         cursor: u64,
     ) -> Result<(Vec<KeySummary>, u64), KeyringError> {
         let (open, _) = self.open()?;
-        let mut rows = Vec::new();
+        let mut rows = Vec::with_capacity(PAGE_ROWS_MAX);
         let mut slot = usize::try_from(cursor).unwrap_or(usize::MAX);
         while slot < open.records.len() {
             if open.records.get(slot).is_some_and(Option::is_some) {
@@ -290,7 +330,7 @@ impl Keyring {
         let record_key = RecordKey::new(lock_key.expose_secret());
         let mut keys = Vec::with_capacity(open.len());
         let OpenKeys { shield, records, .. } = open;
-        for record in records.iter().flatten() {
+        for record in records.iter() {
             let plain = shield
                 .with_key_bytes(&record.id, record.version, &record.sealed, |key| record.to_bytes(key))?;
             keys.push(LockedKey::seal(&record_key, plain, nonces)?);
@@ -399,7 +439,7 @@ impl OpenKeys {
     fn new(shield: Shield) -> Self {
         Self {
             shield,
-            records: Vec::new(),
+            records: Slots::default(),
             free: Vec::new(),
             by_name: HashTable::new(),
             by_id: HashTable::new(),
@@ -439,7 +479,7 @@ impl OpenKeys {
                 *place = Some(record);
                 self.free.pop();
             }
-            None => self.records.push(Some(record)),
+            None => self.records.push(record),
         }
         let Self { records, by_name, by_id, hasher, .. } = self;
         let record = |slot: &u32| records.get(*slot as usize).and_then(Option::as_ref);
@@ -452,20 +492,20 @@ impl OpenKeys {
         Ok(slot)
     }
 
-    fn take(&mut self, slot: u32) -> Option<KeyRecord> {
-        let record = self.records.get_mut(slot as usize).and_then(Option::take)?;
-        self.shield.evict(&record.id);
-        if let Ok(entry) =
-            self.by_name.find_entry(self.hasher.hash_one(record.name.as_str()), |at| *at == slot)
-        {
+    /// Wipes a record where it lies and gives its id.
+    fn take(&mut self, slot: u32) -> Option<KeyId> {
+        let record = self.record(slot)?;
+        let (id, name_hash) = (record.id, self.hasher.hash_one(record.name.as_str()));
+        self.shield.evict(&id);
+        if let Ok(entry) = self.by_name.find_entry(name_hash, |at| *at == slot) {
             entry.remove();
         }
-        if let Ok(entry) = self.by_id.find_entry(self.hasher.hash_one(record.id.as_bytes()), |at| *at == slot)
-        {
+        if let Ok(entry) = self.by_id.find_entry(self.hasher.hash_one(id.as_bytes()), |at| *at == slot) {
             entry.remove();
         }
+        *self.records.get_mut(slot as usize)? = None;
         self.free.push(slot);
-        Some(record)
+        Some(id)
     }
 
     fn summary(&mut self, slot: u32) -> Result<KeySummary, KeyringError> {
@@ -553,7 +593,7 @@ mod tests {
         let (mut names, mut cursor) = (Vec::new(), 0);
         loop {
             let (rows, next) = ring.page(&permit(), cursor).unwrap();
-            names.extend(rows.into_iter().map(|row| row.name));
+            names.extend(rows.iter().map(|row| row.name.clone()));
             if next == 0 {
                 break;
             }

@@ -9,7 +9,7 @@ use std::{
     os::{
         fd::AsRawFd,
         unix::{
-            fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt},
+            fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt},
             net::UnixStream,
         },
     },
@@ -65,6 +65,7 @@ impl Place {
             _ => {
                 let folder = tempfile::Builder::new()
                     .prefix("kms-agent-")
+                    .permissions(fs::Permissions::from_mode(0o700))
                     .tempdir()
                     .map_err(|error| at(&std::env::temp_dir(), error.into()))?
                     .keep();
@@ -144,6 +145,17 @@ impl AgentSocket {
         lock_name.push(".lock");
         let lock_path = PathBuf::from(lock_name);
         let lock = take_lock(&lock_path)?;
+        match Self::listen(path, &address) {
+            Ok(listener) => Ok((lock_path, lock, listener)),
+            Err(problem) => {
+                // The lock is still held, so the file is ours alone.
+                let _ = fs::remove_file(&lock_path);
+                Err(problem)
+            }
+        }
+    }
+
+    fn listen(path: &Path, address: &UnixAddr) -> Result<std::os::unix::net::UnixListener, SocketProblem> {
         remove_stale(path)?;
         let fd = socket(
             AddressFamily::Unix,
@@ -155,12 +167,12 @@ impl AgentSocket {
         // Before `listen`, so that the sender of what waits in the backlog is known too.
         setsockopt(&fd, sockopt::PassCred, &true).map_err(io::Error::from)?;
         let old_mask = umask(Mode::from_bits_truncate(0o177));
-        let bound = bind(fd.as_raw_fd(), &address);
+        let bound = bind(fd.as_raw_fd(), address);
         umask(old_mask);
         bound.map_err(io::Error::from)?;
         let backlog = Backlog::new(BACKLOG).map_err(io::Error::from)?;
         listen(&fd, backlog).map_err(io::Error::from)?;
-        Ok((lock_path, lock, fd.into()))
+        Ok(fd.into())
     }
 
     pub(crate) fn path(&self) -> &Path {

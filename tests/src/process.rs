@@ -182,9 +182,18 @@ impl Drop for Strace {
 /// Runs to its end and gives status, stdout, stderr as text.
 ///
 /// # Panics
-/// When it cannot be run.
+/// When it cannot be run, or does not end.
 pub fn output(command: &mut Command) -> (ExitStatus, String, String) {
-    let output = command.stdin(Stdio::null()).output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let piped = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = piped.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let pid = child.id().cast_signed();
+    let reader = std::thread::spawn(move || child.wait_with_output().unwrap());
+    if !ends_within(pid, PATIENCE) {
+        // Not waited for by anybody yet, so the number is still its own.
+        send_signal(pid, Signal::SIGKILL);
+        panic!("{command:?} does not end");
+    }
+    let output = reader.join().unwrap();
     let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
     (output.status, text(output.stdout), text(output.stderr))
 }

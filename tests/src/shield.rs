@@ -106,14 +106,9 @@ impl Image {
 
     /// Every 32 bytes at a multiple of eight that could be a random key.
     fn possible_keys(&self) -> impl Iterator<Item = &[u8; KEY_LEN]> {
-        // Of random words one in 2^16 is below 2^48, where counts, lengths and pointers are.
-        let random = |word: &[u8]| u64::from_le_bytes(word.try_into().unwrap()) >> 48 != 0;
-        self.parts.iter().flat_map(move |part| {
-            part.bytes
-                .windows(KEY_LEN)
-                .step_by(8)
-                .filter(move |window| window.chunks_exact(8).all(random))
-                .map(|window| window.try_into().unwrap())
+        self.parts.iter().flat_map(|part| {
+            let windows = part.bytes.windows(KEY_LEN).step_by(8);
+            windows.filter(|window| is_random(window)).map(|window| window.try_into().unwrap())
         })
     }
 
@@ -174,8 +169,8 @@ impl Records {
                 }
                 let id: [u8; 16] = window.try_into().unwrap();
                 let from = at.saturating_sub(NEAR).next_multiple_of(8);
-                for spot in (from..at + NEAR).step_by(8).filter_map(|at| spot(&part.bytes, at)) {
-                    spots.entry(id).or_default().insert(spot);
+                for place in (from..at + NEAR).step_by(8) {
+                    spots.entry(id).or_default().extend(spots_at(&part.bytes, place));
                 }
             }
         }
@@ -236,13 +231,36 @@ impl Records {
     }
 }
 
-fn spot(bytes: &[u8], at: usize) -> Option<Spot> {
-    let (counter, rest) = bytes.get(at..)?.split_first_chunk::<8>()?;
-    let (tag, rest) = rest.split_first_chunk()?;
-    let bytes = rest.first_chunk()?;
-    let counter = u64::from_le_bytes(*counter);
-    let plausible = counter != 0 && counter < COUNTER_MAX && bytes != &[0; KEY_LEN];
-    plausible.then_some(Spot { counter, tag: *tag, bytes: *bytes })
+/// Counter, tag and sealed bytes in any order, from this place on.
+fn spots_at(bytes: &[u8], at: usize) -> impl Iterator<Item = Spot> {
+    const ORDERS: [[usize; 3]; 6] = [
+        [0, 8, 24],  // counter, tag, bytes
+        [0, 40, 8],  // counter, bytes, tag
+        [16, 0, 24], // tag, counter, bytes
+        [48, 0, 16], // tag, bytes, counter
+        [32, 40, 0], // bytes, counter, tag
+        [48, 32, 0], // bytes, tag, counter
+    ];
+    ORDERS.into_iter().filter_map(move |[counter, tag, sealed]| {
+        spot(word(bytes, at + counter)?, bytes.get(at + tag..)?, bytes.get(at + sealed..)?)
+    })
+}
+
+/// What begins with a tag, and what begins with sealed bytes, if that can be.
+fn spot(counter: u64, tag: &[u8], sealed: &[u8]) -> Option<Spot> {
+    let (tag, sealed) = (tag.first_chunk()?, sealed.first_chunk()?);
+    let plausible = counter != 0 && counter < COUNTER_MAX && is_random(tag) && is_random(sealed);
+    plausible.then_some(Spot { counter, tag: *tag, bytes: *sealed })
+}
+
+fn word(bytes: &[u8], at: usize) -> Option<u64> {
+    Some(u64::from_le_bytes(*bytes.get(at..)?.first_chunk()?))
+}
+
+/// Of random words one in 2^16 is below 2^48, where counts, lengths and pointers are: more than one of them is not random.
+fn is_random(bytes: &[u8]) -> bool {
+    let low = |chunk: &&[u8]| u64::from_le_bytes((*chunk).try_into().unwrap()) >> 48 == 0;
+    bytes.chunks_exact(8).filter(low).count() <= 1
 }
 
 /// What a locked agent keeps: keys sealed under a lock key, and that sealed under the passphrase's key.
@@ -269,9 +287,7 @@ impl LockedRecords {
     pub fn find(image: &Image, count: usize) -> Self {
         let (mut sealed, mut last_counters) = (Vec::new(), HashSet::new());
         for part in &image.parts {
-            let word = |at: usize| {
-                part.bytes.get(at..at + 8).map_or(0, |word| u64::from_le_bytes(word.try_into().unwrap()))
-            };
+            let word = |at| word(&part.bytes, at).unwrap_or(0);
             for at in (0..part.bytes.len()).step_by(8) {
                 let first = word(at);
                 if first == 0
@@ -305,14 +321,12 @@ impl LockedRecords {
                 if !last_counters.contains(&counter) {
                     continue;
                 }
-                let from = (at * 8).saturating_sub(128);
-                for tag in (from..at * 8 + 128).step_by(8) {
-                    let Some((tag, rest)) = part.bytes.get(tag..).and_then(<[u8]>::split_first_chunk) else {
-                        continue;
-                    };
-                    if let Some(bytes) = rest.first_chunk::<KEY_LEN>().filter(|bytes| **bytes != [0; KEY_LEN])
-                    {
-                        lock_key.insert(Spot { counter, tag: *tag, bytes: *bytes });
+                let around = (at * 8).saturating_sub(128)..at * 8 + 128;
+                for tag in around.step_by(8) {
+                    // In front of it or behind it, with the salt between them or not.
+                    for key in [tag + 16, tag + 32, tag.saturating_sub(32), tag.saturating_sub(48)] {
+                        let (tag, key) = (part.bytes.get(tag..), part.bytes.get(key..));
+                        lock_key.extend(tag.zip(key).and_then(|(tag, key)| spot(counter, tag, key)));
                     }
                 }
             }

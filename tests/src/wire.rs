@@ -182,6 +182,8 @@ impl Wire {
                     return None;
                 }
                 Ok(count) => self.received.extend_from_slice(&chunk[..count]),
+                // A read with a deadline is not taken up again after a signal.
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 // What stands unread at the other end makes the end of the connection an error at this one.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return None,
                 Err(error) => panic!("no reply: {error}"),

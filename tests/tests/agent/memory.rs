@@ -147,9 +147,9 @@ fn a_kernel_without_secretmem_gets_mlock_and_the_status_says_so() {
 #[test]
 fn a_lock_that_fails_at_any_call_stops_the_start() {
     needs_root();
-    // Each lock of the start in turn: no buffer is quietly left in ordinary memory.
-    for when in 1..=3 {
-        let inject = format!("inject=mlock:error=ENOMEM:when={when}");
+    // From the first lock of the start on, from the second, and so on: no buffer is quietly left in ordinary memory.
+    for when in 1..=4 {
+        let inject = format!("inject=mlock:error=ENOMEM:when={when}+");
         let started = Agent::builder()
             .strace(&["-e", "trace=mlock", "-e", &inject])
             .config("secret_memory = \"mlock\"\n")
