@@ -359,6 +359,7 @@ impl<R: Random> Core<R> {
         replies: &mut Replies,
     ) -> Outcome {
         self.requests = self.requests.wrapping_add(1);
+        replies.set_frame_max(self.limits.frame);
         let request_id = frame.head.request_id;
         match self.answer(session, frame, now, around, replies) {
             Ok(outcome) => outcome,
@@ -902,7 +903,8 @@ fn decrypt_chunks(
 }
 
 fn refuse(request_id: u32, refused: &Refused, replies: &mut Replies) -> Outcome {
-    let retry_after_ms = u32::try_from(refused.retry_after.as_millis()).unwrap_or(u32::MAX);
+    // Rounded up: who is told to wait for nothing asks again at once.
+    let retry_after_ms = u32::try_from(refused.retry_after.as_micros().div_ceil(1000)).unwrap_or(u32::MAX);
     match replies.push_refusal(request_id, refused.status, retry_after_ms) {
         Ok(()) if !refused.close => Outcome::Continue,
         Ok(()) | Err(_) => Outcome::Close,
@@ -975,5 +977,23 @@ fn description(summary: &KeySummary, versions_after: u32) -> Description {
         versions: if version.version > versions_after { vec![version] } else { Vec::new() },
         more: false,
         constraints: vec![Constraint { kind: constraint::MEMORY_ONLY, value: 0 }],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn busy_never_names_a_wait_of_nothing() {
+        for (wait, named) in
+            [(Duration::from_micros(1), 1), (Duration::from_micros(1_001), 2), (BACK_OFF_LAST, 10_000)]
+        {
+            let mut replies = Replies::new(kms_secret_memory::Policy::Auto).unwrap();
+            refuse(1, &Refused::busy(wait), &mut replies);
+            let frame = Frame::parse(replies.waiting(), kms_protocol::FRAME_MAX).unwrap().unwrap();
+            let refusal: kms_protocol::Refusal = kms_protocol::decode_fields(frame.fields).unwrap();
+            assert_eq!(refusal.retry_after_ms, named);
+        }
     }
 }

@@ -17,7 +17,8 @@ use zeroize::{Zeroize, Zeroizing};
 use crate::{
     authorize::Permit,
     crypto::{
-        CryptoError, LOCK_SALT_LEN, Random, RecordNonces, SealedKey, Shield, random_bytes, random_secret,
+        CryptoError, LOCK_SALT_LEN, Random, RecordNonces, STACK_WIPE_LEN, SealedKey, Shield, random_bytes,
+        random_secret,
     },
 };
 
@@ -340,7 +341,7 @@ impl Keyring {
         let lock_key_tag = RecordKey::new(passphrase_key.expose_secret())
             .seal(lock_key_nonce, LOCK_KEY_PLACE, &mut sealed_lock_key)
             .map_err(|_| CryptoError::Record)?;
-        zeroize_stack::<8192>();
+        zeroize_stack::<STACK_WIPE_LEN>();
         // The open state, and with it every record, index and the pre-key, is wiped as it is dropped here.
         self.state =
             State::Locked(LockedKeys { salt, lock_key_nonce, lock_key_tag, lock_key: sealed_lock_key, keys });
@@ -374,7 +375,7 @@ impl Keyring {
             let record = KeyRecord::from_bytes(&plain, &mut open.shield, &mut self.nonces)?;
             open.insert(record)?;
         }
-        zeroize_stack::<8192>();
+        zeroize_stack::<STACK_WIPE_LEN>();
         self.state = State::Open(open);
         Ok(())
     }

@@ -27,6 +27,7 @@ pub(crate) enum ReplyError {
 pub struct Replies {
     buffer: LockedBuffer,
     filled: usize,
+    frame_max: usize,
 }
 
 impl Replies {
@@ -35,7 +36,7 @@ impl Replies {
     /// # Errors
     /// No locked memory.
     pub fn new(memory: Policy) -> Result<Self, RegionError> {
-        Ok(Self { buffer: LockedBuffer::new(IDLE_LEN, memory)?, filled: 0 })
+        Ok(Self { buffer: LockedBuffer::new(IDLE_LEN, memory)?, filled: 0, frame_max: FRAME_MAX })
     }
 
     /// The bytes to be sent.
@@ -60,6 +61,11 @@ impl Replies {
         }
     }
 
+    /// No reply becomes longer than this, as no request may be.
+    pub(crate) fn set_frame_max(&mut self, frame_max: usize) {
+        self.frame_max = frame_max;
+    }
+
     /// Appends a reply with status `ok`. `write` fills in the payload; when it fails, nothing was appended.
     pub(crate) fn push<T: bincode::Encode, E>(
         &mut self,
@@ -69,7 +75,11 @@ impl Replies {
         write: impl FnOnce(&mut [u8]) -> Result<(), E>,
     ) -> Result<Result<(), E>, ReplyError> {
         let start = self.filled;
-        let end = start.saturating_add(frame_len(fields, payload_len)?);
+        let len = frame_len(fields, payload_len)?;
+        if len > self.frame_max {
+            return Err(Malformed.into());
+        }
+        let end = start.saturating_add(len);
         if end > self.buffer.len() {
             let ceiling = FLUSH_LEN.saturating_add(FRAME_MAX);
             self.buffer.grow(end.next_power_of_two().min(ceiling).max(end))?;

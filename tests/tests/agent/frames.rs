@@ -662,6 +662,22 @@ fn the_longest_frame_is_what_the_configuration_says() {
 }
 
 #[test]
+fn no_reply_is_longer_than_the_longest_frame() {
+    let agent = Agent::builder().config("[limits]\nframe = 131072\n").start();
+    let mut wire = agent.connect();
+    wire.generate("a").unwrap();
+    // The request fits; its answer is longer by 16 bytes a chunk. The longest that both fit goes through.
+    let longest = 131_072 - 16 - 8 * 16;
+    let (stream, _) = wire.remote_new("a").unwrap();
+    wire.remote_encrypt(stream, &vec![1; longest]).unwrap();
+    let (stream, _) = wire.remote_new("a").unwrap();
+    let refused = wire.remote_encrypt(stream, &vec![1; longest + 1]).map(|_| ());
+    assert_eq!(refused, Err(Status::TooLarge));
+    assert_eq!(wire.remote_close(stream), Err(Status::NotFound), "an error ends the stream");
+    wire.ping().unwrap();
+}
+
+#[test]
 fn buffers_with_frames_are_locked_and_hidden() {
     let agent = Agent::start();
     let mut half = agent.connect();
