@@ -7,6 +7,7 @@ use std::{
     ffi::OsStr,
     fs::{File, OpenOptions},
     io::{self, Read, Write},
+    os::fd::AsFd,
     os::unix::process::CommandExt,
     path::Path,
     process::{Command, ExitCode},
@@ -65,6 +66,7 @@ impl Ready {
 /// Forks where that is asked for.
 pub(crate) fn launch(args: &Args, place: &Place) -> Result<Launched, StartError> {
     if args.foreground {
+        sys::close_inherited(None).map_err(StartError::Background)?;
         return Ok(Launched::Agent { ready: Ready::Print(commands(place.path(), getpid())), until: None });
     }
     let caller = getpid();
@@ -77,6 +79,8 @@ pub(crate) fn launch(args: &Args, place: &Place) -> Result<Launched, StartError>
             match sys::fork().map_err(StartError::Background)? {
                 ForkResult::Parent { .. } => Ok(Launched::Parent(ExitCode::SUCCESS)),
                 ForkResult::Child => {
+                    // What the caller had open stays with it and with the command.
+                    sys::close_inherited(Some(tells.as_fd())).map_err(StartError::Background)?;
                     chdir("/").map_err(|error| StartError::Background(error.into()))?;
                     let until = (!args.command.is_empty()).then_some(caller);
                     Ok(Launched::Agent { ready: Ready::Tell(File::from(tells)), until })

@@ -20,6 +20,26 @@ pub(crate) fn fork() -> io::Result<ForkResult> {
     unsafe { nix::unistd::fork() }.map_err(io::Error::from)
 }
 
+/// Closes every descriptor above stderr but `kept`. To be called while this process has opened nothing else.
+pub(crate) fn close_inherited(kept: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    const FIRST: libc::c_uint = 3;
+    let close = |from: libc::c_uint, to: libc::c_uint| {
+        // SAFETY: three integers; nothing here owns a descriptor in the range, since `kept` alone was opened so far.
+        if from > to || unsafe { libc::close_range(from, to, 0) } == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
+    };
+    match kept.and_then(|kept| libc::c_uint::try_from(kept.as_raw_fd()).ok()) {
+        None => close(FIRST, libc::c_uint::MAX),
+        Some(kept) => {
+            close(FIRST, kept.saturating_sub(1))?;
+            close(kept.saturating_add(1).max(FIRST), libc::c_uint::MAX)
+        }
+    }
+}
+
 /// A descriptor that becomes readable when the process ends.
 pub(crate) fn pidfd_open(pid: Pid) -> io::Result<OwnedFd> {
     // SAFETY: the call takes two integers and touches no memory.

@@ -465,3 +465,32 @@ fn the_agent_keeps_nothing_that_it_was_started_with() {
         assert_eq!(fs::metadata(format!("/proc/{}/mem", agent.pid)).unwrap().uid(), 0);
     }
 }
+
+#[test]
+fn a_descriptor_of_who_started_it_stays_with_the_command_and_not_with_the_agent() {
+    let folder = fresh_folder(0o700);
+    let marker = folder.path().join("marker");
+    fs::write(&marker, "inherited").unwrap();
+    let script = r#"exec 7<marker; exec "$AGENT" --memory "$@""#;
+    let agent = |arguments: &[&str]| {
+        let mut command = clean(Command::new("/bin/sh"), folder.path());
+        command.args(["-c", script, "sh"]).args(arguments).env("AGENT", program("kms-agent"));
+        output(&mut command)
+    };
+    let holds_marker = |pid: i32| {
+        fs::read_dir(format!("/proc/{pid}/fd"))
+            .unwrap()
+            .any(|entry| fs::read_link(entry.unwrap().path()).is_ok_and(|target| target == marker))
+    };
+    let (status, stdout, stderr) = agent(&["-a", "a.sock"]);
+    assert!(status.success(), "{stderr}");
+    let pid = stdout.split_once("KMS_AGENT_PID=").unwrap().1.split_once(';').unwrap().0.parse().unwrap();
+    let kept = holds_marker(pid);
+    send_signal(pid, Signal::SIGTERM);
+    assert!(ends_within(pid, PATIENCE));
+    assert!(!kept, "the agent holds a descriptor that is not its own");
+    let (status, stdout, stderr) =
+        agent(&["sh", "-c", "ls -l /proc/$KMS_AGENT_PID/fd | grep -c marker; cat <&7"]);
+    assert!(status.success(), "{stderr}");
+    assert_eq!(stdout, "0\ninherited");
+}
