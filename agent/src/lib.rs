@@ -26,7 +26,10 @@ use nix::{
     },
     unistd::{Pid, getuid},
 };
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    io::Interest,
+    signal::unix::{SignalKind, signal},
+};
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::{layer::SubscriberExt, reload, util::SubscriberInitExt};
 
@@ -149,7 +152,10 @@ async fn run(
     let mut terminate = signal(SignalKind::terminate()).map_err(StartError::Runtime)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(StartError::Runtime)?;
     let mut hangup = signal(SignalKind::hangup()).map_err(StartError::Runtime)?;
-    let until = until.map(sys::watch).transpose().map_err(StartError::Runtime)?;
+    let until = until
+        .map(|process| sys::watch(process, Interest::READABLE))
+        .transpose()
+        .map_err(StartError::Runtime)?;
     let ended = async {
         match &until {
             Some(process) => process.readable().await.map(|_| ()),

@@ -8,7 +8,7 @@ use std::{
     cell::{Cell, RefCell},
     collections::HashMap,
     io::{self, IoSliceMut},
-    os::fd::{AsFd, AsRawFd},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
     panic::{AssertUnwindSafe, catch_unwind},
     rc::Rc,
     time::Duration,
@@ -22,7 +22,7 @@ use nix::{
     time::{ClockId, clock_gettime},
 };
 use tokio::{
-    io::Interest,
+    io::{Interest, unix::AsyncFd},
     net::{UnixListener, UnixStream},
     sync::Notify,
     time::{Instant, sleep, sleep_until, timeout_at},
@@ -33,6 +33,7 @@ use crate::{
     core::{Core, Now, Outcome, Session, Surroundings, Ticket},
     crypto::{Derivation, Random},
     reply::{FLUSH_LEN, Replies},
+    sys,
 };
 
 /// Bytes that are read at once while nothing else of the uid waits.
@@ -145,7 +146,8 @@ impl Held {
 }
 
 struct Connection {
-    stream: UnixStream,
+    /// Registered for reading alone: with both, each read of the peer wakes this end too, which costs 1 us a request.
+    socket: AsyncFd<OwnedFd>,
     peer: Peer,
     session: Session,
     /// What has arrived and was not taken up: a part of a frame, or frames that wait until their answers can leave.
@@ -267,7 +269,15 @@ impl<R: Random + 'static> Server<R> {
             tracing::warn!("refused a connection: SO_PASSCRED cannot be set");
             return;
         }
-        crate::sys::refuse_descriptors(stream.as_fd());
+        sys::refuse_descriptors(stream.as_fd());
+        let socket = stream.into_std().and_then(|stream| sys::watch(stream.into(), Interest::READABLE));
+        let socket = match socket {
+            Ok(socket) => socket,
+            Err(error) => {
+                tracing::warn!(%error, "refused a connection: it cannot be watched");
+                return;
+            }
+        };
         {
             let core = self.core.borrow();
             let mut connections = self.connections.borrow_mut();
@@ -282,7 +292,7 @@ impl<R: Random + 'static> Server<R> {
         let server = Rc::clone(self);
         tokio::task::spawn_local(async move {
             let mut connection = Connection {
-                stream,
+                socket,
                 peer,
                 session: server.core.borrow_mut().begin(peer),
                 input: None,
@@ -317,12 +327,12 @@ impl<R: Random + 'static> Server<R> {
                 }
                 Ok(Advance::Again) => {}
                 Ok(Advance::Idle) => {
-                    let readable = connection.stream.readable();
+                    let readable = connection.socket.readable();
                     let ready = match connection.deadline {
                         Some(deadline) => timeout_at(deadline, readable).await.ok(),
                         None => Some(readable.await),
                     };
-                    if !matches!(ready, Some(Ok(()))) {
+                    if !matches!(ready, Some(Ok(_))) {
                         return Closed;
                     }
                 }
@@ -473,7 +483,7 @@ impl<R: Random + 'static> Server<R> {
                 shared.expose_secret_mut().get_mut(..limit).unwrap_or_default()
             }
         };
-        let count = match receive_from(&connection.stream, connection.peer, room)? {
+        let count = match receive_from(&connection.socket, connection.peer, room)? {
             None => return Ok(None),
             Some(count) => count,
         };
@@ -544,7 +554,7 @@ impl<R: Random + 'static> Server<R> {
     /// Sends what it can now and keeps the rest for [`flush`]. A peer for whose unread answers there is no memory is
     /// closed.
     fn send(&self, connection: &mut Connection, replies: &mut Replies) -> Result<(), Closed> {
-        let sent = send_to(&connection.stream, replies.waiting());
+        let sent = send_to(connection.socket.get_ref(), replies.waiting());
         let kept = sent.and_then(|sent| {
             let rest = replies.waiting().get(sent..).unwrap_or_default();
             if rest.is_empty() {
@@ -572,44 +582,51 @@ impl<R: Random + 'static> Server<R> {
 
 /// Sends the replies that wait, as the peer reads them; says whether it had to wait for that.
 async fn flush(connection: &mut Connection) -> Result<bool, Closed> {
-    let mut waited = false;
+    let mut writable = None;
     while let Some(held) = &mut connection.output {
-        let sent = send_to(&connection.stream, held.bytes())?;
+        let sent = send_to(connection.socket.get_ref(), held.bytes())?;
         held.start = held.start.saturating_add(sent);
         if held.bytes().is_empty() {
             connection.output = None;
         } else if sent == 0 {
-            waited = true;
-            connection.stream.writable().await.map_err(|_| Closed)?;
+            // Registered apart, and only while it is waited for.
+            let watched = match writable.take() {
+                Some(watched) => watched,
+                None => {
+                    let again = connection.socket.get_ref().try_clone();
+                    again.and_then(|again| sys::watch(again, Interest::WRITABLE)).map_err(|_| Closed)?
+                }
+            };
+            watched.writable().await.map_err(|_| Closed)?.clear_ready();
+            writable = Some(watched);
         }
     }
-    Ok(waited)
+    Ok(writable.is_some())
 }
 
 /// One `send`, without a signal. 0 when the peer's buffer is full.
-fn send_to(stream: &UnixStream, bytes: &[u8]) -> Result<usize, Closed> {
+fn send_to(socket: &OwnedFd, bytes: &[u8]) -> Result<usize, Closed> {
     if bytes.is_empty() {
         return Ok(0);
     }
-    let sent = stream.try_io(Interest::WRITABLE, || {
-        retry(|| send(stream.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT))
-    });
-    match sent {
-        Ok(sent) => Ok(sent),
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
-        Err(_) => Err(Closed),
+    loop {
+        match send(socket.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT) {
+            Err(Errno::EINTR) => {}
+            Err(Errno::EAGAIN) => return Ok(0),
+            sent => return sent.map_err(|_| Closed),
+        }
     }
 }
 
 /// One `recvmsg` with room for the sender's credentials and nothing else. A sender of another uid, a message without
 /// credentials, or one that carried more than fits, ends the connection.
-fn receive_from(stream: &UnixStream, peer: Peer, room: &mut [u8]) -> Result<Option<usize>, Closed> {
+fn receive_from(socket: &AsyncFd<OwnedFd>, peer: Peer, room: &mut [u8]) -> Result<Option<usize>, Closed> {
     // One ucred in its control message: 16 bytes of head, 12 of credentials, aligned.
     let mut control = [0; 32];
-    let received = stream.try_io(Interest::READABLE, || {
+    let received = socket.try_io(Interest::READABLE, |socket| {
         let mut buffers = [IoSliceMut::new(room)];
         let message = recvmsg::<()>(
-            stream.as_raw_fd(),
+            socket.as_raw_fd(),
             &mut buffers,
             Some(&mut control),
             MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC,
@@ -633,15 +650,6 @@ fn receive_from(stream: &UnixStream, peer: Peer, room: &mut [u8]) -> Result<Opti
         }
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
         Err(_) => Err(Closed),
-    }
-}
-
-fn retry<T>(mut call: impl FnMut() -> nix::Result<T>) -> io::Result<T> {
-    loop {
-        match call() {
-            Err(Errno::EINTR) => {}
-            result => return result.map_err(io::Error::from),
-        }
     }
 }
 

@@ -52,10 +52,10 @@ pub(crate) fn pidfd_open(pid: Pid) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Waits for a descriptor of [`pidfd_open`] on the runtime that this is called in.
-pub(crate) fn watch(process: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+/// Waits for this of a descriptor, and for nothing else, on the runtime that this is called in.
+pub(crate) fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an OwnedFd gives the same open descriptor until it is dropped, and nobody takes it out of the AsyncFd.
-    unsafe { AsyncFd::register_with_interest(process, Interest::READABLE) }.map_err(io::Error::from)
+    unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(io::Error::from)
 }
 
 /// Has the kernel refuse descriptors that a peer wants to pass, where it can (Linux 6.16). Elsewhere there is no room

@@ -9,12 +9,13 @@ use std::{
     os::unix::net::{UnixListener, UnixStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    rc::Rc,
     time::{Duration, Instant},
 };
 
 use kms_protocol::{
-    Add, FRAME_MAX, Frame, Hello, KeyAndContext, KeyRef, Material, Opcode, PROTOCOL_VERSION, constraint,
-    push_frame,
+    Add, FRAME_MAX, Frame, Hello, KeyAndContext, KeyRef, Material, NoFields, Opcode, PROTOCOL_VERSION,
+    constraint, push_frame,
 };
 use nix::{
     sched::{CpuSet, sched_setaffinity},
@@ -127,6 +128,15 @@ fn ask(stream: &mut UnixStream, request: &[u8]) -> Outcome<Vec<u8>> {
     }
 }
 
+/// A connection to an agent that has answered its hello.
+fn greet(path: &Path) -> Outcome<UnixStream> {
+    let mut stream = connect(path)?;
+    let mut request = Vec::new();
+    push_frame(&mut request, Opcode::Hello.code(), 1, &Hello { version: PROTOCOL_VERSION }, &[])?;
+    ask(&mut stream, &request)?;
+    Ok(stream)
+}
+
 fn encrypt_request(plaintext_len: usize) -> Outcome<Vec<u8>> {
     let mut request = Vec::new();
     let fields = KeyAndContext { key: KeyRef::Name("bench"), context: &EMPTY_CONTEXT };
@@ -171,7 +181,7 @@ fn spread(values: &mut [f64]) -> (f64, f64, f64) {
 
 struct Candidate {
     name: &'static str,
-    server: Server,
+    server: Rc<Server>,
     stream: UnixStream,
     single: (Vec<u8>, usize),
     many: (Vec<u8>, usize),
@@ -185,7 +195,7 @@ struct Candidate {
 impl Candidate {
     fn new(
         name: &'static str,
-        server: Server,
+        server: &Rc<Server>,
         stream: UnixStream,
         single: (Vec<u8>, usize),
         many: (Vec<u8>, usize),
@@ -193,7 +203,7 @@ impl Candidate {
         let empty = Vec::new;
         Self {
             name,
-            server,
+            server: Rc::clone(server),
             stream,
             single,
             many,
@@ -209,38 +219,35 @@ impl Candidate {
 fn small() -> Outcome<()> {
     let folder = tempfile::tempdir()?;
     let echo_path = folder.path().join("echo.sock");
-    let echo = Server(Command::new(env::current_exe()?).arg("echo").arg(&echo_path).spawn()?);
-    let message = vec![0x55; ECHO_LEN];
+    let echo = Rc::new(Server(Command::new(env::current_exe()?).arg("echo").arg(&echo_path).spawn()?));
     let echo_stream = connect(&echo_path)?;
 
     let agent_path = folder.path().join("agent.sock");
     let mut command = Command::new(programs()?.join("kms-agent"));
     command.args(["--memory", "-D", "-a"]).arg(&agent_path).stdout(Stdio::null()).stderr(Stdio::null());
-    let agent = Server(command.spawn()?);
-    let mut agent_stream = connect(&agent_path)?;
+    let agent = Rc::new(Server(command.spawn()?));
+    let mut agent_stream = greet(&agent_path)?;
     let mut request = Vec::new();
-    push_frame(&mut request, Opcode::Hello.code(), 1, &Hello { version: PROTOCOL_VERSION }, &[])?;
-    ask(&mut agent_stream, &request)?;
-    request.clear();
     let constraints = vec![kms_protocol::Constraint { kind: constraint::MEMORY_ONLY, value: 0 }];
     let add =
         Add { token: [1; 16], name: "bench", material: Material::Generate, if_missing: false, constraints };
     push_frame(&mut request, Opcode::Add.code(), 2, &add, &[])?;
     ask(&mut agent_stream, &request)?;
+    let mut ping_stream = greet(&agent_path)?;
+    let mut ping = Vec::new();
+    push_frame(&mut ping, Opcode::Ping.code(), 3, &NoFields {}, &[])?;
+    let ping_len = ask(&mut ping_stream, &ping)?.len();
     let single = encrypt_request(32)?;
     let single_len = ask(&mut agent_stream, &single)?.len();
     let many = encrypt_request(64)?;
     let many_len = ask(&mut agent_stream, &many)?.len();
 
+    let echoed = (vec![0x55; ECHO_LEN], ECHO_LEN);
+    let pinged = (ping, ping_len);
     let mut candidates = [
-        Candidate::new(
-            "blocking echo, 64 bytes",
-            echo,
-            echo_stream,
-            (message.clone(), ECHO_LEN),
-            (message, ECHO_LEN),
-        ),
-        Candidate::new("kms-agent encrypt", agent, agent_stream, (single, single_len), (many, many_len)),
+        Candidate::new("blocking echo, 64 bytes", &echo, echo_stream, echoed.clone(), echoed),
+        Candidate::new("kms-agent ping", &agent, ping_stream, pinged.clone(), pinged),
+        Candidate::new("kms-agent encrypt", &agent, agent_stream, (single, single_len), (many, many_len)),
     ];
     for round in 0..=ROUNDS {
         for candidate in &mut candidates {
