@@ -4,33 +4,37 @@
 //! randomness through a type parameter, so that a test can stop the one and break the other. It never sees a socket,
 //! and never blocks: what takes long (the passphrase's key derivation) is handed out as work and comes back.
 
-use std::{
-    collections::{HashMap, VecDeque},
-    time::Duration,
-};
+mod back_off;
+mod refusal;
+mod repeats;
+mod streams;
+
+use std::time::Duration;
 
 use kms_envelope::{
-    Body, CHUNK_LEN, ContextError, ContextRef, Header, HeaderError, KEY_LEN, KeyId, MESSAGE_MAX, MessageKey,
-    OpenError, Purpose, SALT_LEN, SEALED_CHUNK_LEN, STREAM_HEAD_LEN, SealError, TAG_LEN, message_len,
-    message_plaintext_len, new_stream, open_message, open_stream, seal_message,
+    Body, ContextRef, Header, KEY_LEN, KeyId, MESSAGE_MAX, MessageKey, Purpose, SALT_LEN, STREAM_HEAD_LEN,
+    message_len, message_plaintext_len, new_stream, open_message, open_stream, seal_message,
 };
 use kms_protocol::{
     Added, Constraint, Description, Fact, Frame, Hello, KeyAndContext, KeyName, KeyRef, KeyRow, KeyState,
     Listed, LockState, Locking, Material, NoFields, Opcode, PAGE_ROWS_MAX, PASSPHRASE_MAX, PROTOCOL_VERSION,
-    REMOTE_STREAMS_MAX, RemoteStream, Removed, Request, Status, StatusReply, TOKEN_LEN, VersionRow, Welcome,
-    constraint,
+    REMOTE_STREAMS_MAX, RemoteStream, Removed, Request, Status, StatusReply, VersionRow, Welcome, constraint,
 };
 use kms_secret_memory::{Secret, SecretVec};
 use zeroize::Zeroize;
 
+use self::{
+    back_off::BackOff,
+    refusal::{Refused, refuse},
+    repeats::{Repeat, Repeats},
+    streams::{OpenStream, Streams},
+};
 use crate::{
     authorize::{Peer, Permit, Policy, authorize},
     config::Limits,
-    crypto::{
-        CryptoError, Derivation, LOCK_SALT_LEN, Random, RandomUnavailable, random_bytes, random_secret,
-    },
+    crypto::{Derivation, LOCK_SALT_LEN, Random, Salts, random_bytes, random_secret},
     keyring::{KeySummary, Keyring, KeyringError, Selector},
-    reply::{Replies, ReplyError},
+    reply::Replies,
 };
 
 /// Bytes behind the head of a stream that the client encrypts or opens: message key and base nonce.
@@ -38,13 +42,6 @@ const STREAM_KEY_LEN: usize = KEY_LEN + 12;
 
 /// Requests that a client may have without an answer. Beyond it nothing breaks: the agent stops reading.
 const IN_FLIGHT_MAX: u32 = 256;
-
-/// Results that are kept for requests that are repeated.
-const REPEATS_MAX: usize = 4096;
-
-/// The first wait after a wrong passphrase; it doubles with each, up to the last.
-const BACK_OFF_FIRST: Duration = Duration::from_millis(100);
-const BACK_OFF_LAST: Duration = Duration::from_secs(10);
 
 /// When a request came.
 #[derive(Clone, Copy, Debug)]
@@ -105,175 +102,6 @@ impl Session {
     }
 }
 
-/// The streams of all connections, held here so that a lock and the removal of a key end them.
-#[derive(Default)]
-struct Streams(HashMap<(u64, u32), (KeyId, OpenStream)>);
-
-/// A stream that the agent encrypts or decrypts.
-enum OpenStream {
-    Encrypt { body: Box<Body>, next: u64 },
-    Decrypt { body: Box<Body> },
-}
-
-/// Why a request is refused.
-struct Refused {
-    status: Status,
-    retry_after: Duration,
-    close: bool,
-}
-
-impl From<Status> for Refused {
-    fn from(status: Status) -> Self {
-        Self { status, retry_after: Duration::ZERO, close: false }
-    }
-}
-
-impl Refused {
-    fn busy(retry_after: Duration) -> Self {
-        Self { status: Status::Busy, retry_after, close: false }
-    }
-}
-
-impl From<KeyringError> for Refused {
-    fn from(error: KeyringError) -> Self {
-        match error {
-            KeyringError::Locked => Status::Locked.into(),
-            KeyringError::NotFound => Status::NotFound.into(),
-            KeyringError::Exists => Status::Exists.into(),
-            KeyringError::Full => Status::Limit.into(),
-            KeyringError::WrongPassphrase => Status::Denied.into(),
-            KeyringError::Crypto(error) => error.into(),
-        }
-    }
-}
-
-impl From<CryptoError> for Refused {
-    fn from(error: CryptoError) -> Self {
-        tracing::error!(%error, "a request failed inside the agent");
-        Status::Internal.into()
-    }
-}
-
-impl From<RandomUnavailable> for Refused {
-    fn from(error: RandomUnavailable) -> Self {
-        CryptoError::from(error).into()
-    }
-}
-
-impl From<ReplyError> for Refused {
-    fn from(error: ReplyError) -> Self {
-        match error {
-            // Other replies give their memory back as soon as they are sent.
-            ReplyError::Memory(error) => {
-                tracing::warn!(%error, "no locked memory for a reply");
-                Self::busy(Duration::from_millis(100))
-            }
-            ReplyError::Frame(_) => Status::TooLarge.into(),
-        }
-    }
-}
-
-impl From<SealError> for Refused {
-    fn from(_: SealError) -> Self {
-        Status::TooLarge.into()
-    }
-}
-
-impl From<HeaderError> for Refused {
-    fn from(error: HeaderError) -> Self {
-        match error {
-            HeaderError::Truncated | HeaderError::NotOurs | HeaderError::Version => Status::Malformed.into(),
-            HeaderError::Format(_)
-            | HeaderError::Suite(_)
-            | HeaderError::Purpose(_)
-            | HeaderError::Flags(_) => Status::Unsupported.into(),
-        }
-    }
-}
-
-impl From<OpenError> for Refused {
-    fn from(error: OpenError) -> Self {
-        match error {
-            OpenError::Header(error) => error.into(),
-            OpenError::Purpose => Status::Malformed.into(),
-            OpenError::Length | OpenError::Invalid => Status::InvalidCiphertext.into(),
-        }
-    }
-}
-
-impl From<ContextError> for Refused {
-    fn from(error: ContextError) -> Self {
-        match error {
-            ContextError::TooManyPairs | ContextError::TooLong => Status::TooLarge.into(),
-            _ => Status::Malformed.into(),
-        }
-    }
-}
-
-/// The wrong unlocks of one uid.
-#[derive(Default)]
-struct BackOff {
-    failures: u32,
-    until: Duration,
-}
-
-/// What a request that changes something answered, kept for a repeat of it.
-#[derive(Clone, Copy)]
-enum Repeat {
-    Added(Added),
-    Removed(Removed),
-}
-
-#[derive(Default)]
-struct Repeats {
-    results: HashMap<(u32, [u8; TOKEN_LEN]), Repeat>,
-    order: VecDeque<(u32, [u8; TOKEN_LEN])>,
-}
-
-impl Repeats {
-    fn remember(&mut self, uid: u32, token: [u8; TOKEN_LEN], result: Repeat) {
-        if self.order.len() >= REPEATS_MAX
-            && let Some(oldest) = self.order.pop_front()
-        {
-            self.results.remove(&oldest);
-        }
-        if self.results.insert((uid, token), result).is_none() {
-            self.order.push_back((uid, token));
-        }
-    }
-
-    fn find(&self, uid: u32, token: [u8; TOKEN_LEN]) -> Option<Repeat> {
-        self.results.get(&(uid, token)).copied()
-    }
-}
-
-/// Salts for the requests that arrived together. They are drawn after the requests have arrived and thrown away with the
-/// last of them: what is restored from a snapshot in between seals the same messages with them, and no others.
-#[derive(Default)]
-struct Salts {
-    drawn: bool,
-    ready: Vec<[u8; SALT_LEN]>,
-}
-
-impl Salts {
-    /// Drawn at once when more than one is wanted.
-    const TOGETHER: usize = 16;
-
-    fn next(&mut self, random: &mut impl Random) -> Result<[u8; SALT_LEN], RandomUnavailable> {
-        if let Some(salt) = self.ready.pop() {
-            return Ok(salt);
-        }
-        if !self.drawn {
-            self.drawn = true;
-            return random_bytes(random);
-        }
-        let mut salts = [[0; SALT_LEN]; Self::TOGETHER];
-        random.fill(salts.as_flattened_mut())?;
-        self.ready.extend_from_slice(&salts);
-        self.ready.pop().ok_or(RandomUnavailable)
-    }
-}
-
 /// The agent without its sockets.
 pub struct Core<R> {
     own_uid: u32,
@@ -284,7 +112,7 @@ pub struct Core<R> {
     streams: Streams,
     sessions: u64,
     repeats: Repeats,
-    back_off: HashMap<u32, BackOff>,
+    back_off: BackOff,
     deriving: bool,
     started: Duration,
     requests: u64,
@@ -303,7 +131,7 @@ impl<R: Random> Core<R> {
             streams: Streams::default(),
             sessions: 0,
             repeats: Repeats::default(),
-            back_off: HashMap::new(),
+            back_off: BackOff::default(),
             deriving: false,
             started: now.boot,
             requests: 0,
@@ -340,13 +168,12 @@ impl<R: Random> Core<R> {
 
     /// The connection is over, and with it its streams.
     pub fn end(&mut self, session: &Session) {
-        self.streams.0.retain(|(number, _), _| *number != session.number);
+        self.streams.end_session(session);
     }
 
     /// Forgets what was drawn for requests that arrived together.
     pub fn end_batch(&mut self) {
-        self.salts.ready.clear();
-        self.salts.drawn = false;
+        self.salts.end_batch();
     }
 
     /// Answers one request: writes the reply to `replies`, or hands out work first.
@@ -444,7 +271,7 @@ impl<R: Random> Core<R> {
                     Some(Repeat::Added(_)) => return Err(Status::Malformed.into()),
                     None => {
                         let id = self.keyring.remove(&permit, selector(remove.key)?)?;
-                        self.streams.0.retain(|_, (key, _)| *key != id);
+                        self.streams.end_key(id);
                         let removed = Removed { id: *id.as_bytes() };
                         self.repeats.remember(session.peer.uid, remove.token, Repeat::Removed(removed));
                         removed
@@ -493,13 +320,13 @@ impl<R: Random> Core<R> {
                 self.streams.keep_if(session, stream, pushed)??;
             }
             Request::RemoteStreamEncrypt { stream, plaintext } => {
-                encrypt_chunks(&permit, &mut self.streams, session, stream, plaintext, request_id, replies)?;
+                self.streams.encrypt(&permit, session, stream, plaintext, request_id, replies)?;
             }
             Request::RemoteStreamDecrypt { fields, chunks } => {
-                decrypt_chunks(&permit, &mut self.streams, session, fields, chunks, request_id, replies)?;
+                self.streams.decrypt(&permit, session, fields, chunks, request_id, replies)?;
             }
             Request::RemoteStreamClose(RemoteStream { stream }) => {
-                self.streams.0.remove(&(session.number, stream)).ok_or(Status::NotFound)?;
+                self.streams.close(&permit, session, stream)?;
                 replies.push_done(request_id)?;
             }
         }
@@ -721,8 +548,7 @@ impl<R: Random> Core<R> {
             push(replies, request_id, &Locking { changed: false })?;
             return Ok(Outcome::Continue);
         };
-        let wait =
-            self.back_off.get(&peer.uid).map_or(Duration::ZERO, |back| back.until.saturating_sub(now.boot));
+        let wait = self.back_off.wait(peer.uid, now.boot);
         if !wait.is_zero() {
             return Err(Refused::busy(wait));
         }
@@ -755,7 +581,7 @@ impl<R: Random> Core<R> {
             TicketPurpose::Lock { salt } => {
                 let locked = self.keyring.lock(&permit, &key, salt, &mut self.random);
                 if locked.is_ok() {
-                    self.streams.0.clear();
+                    self.streams.end_all();
                 }
                 locked.map_err(Refused::from)
             }
@@ -780,134 +606,16 @@ impl<R: Random> Core<R> {
         let unlocked = self.keyring.unlock(permit, key, &mut self.random);
         match unlocked {
             Ok(()) => {
-                self.back_off.remove(&uid);
+                self.back_off.right(uid);
                 tracing::info!(uid, "unlocked");
             }
             Err(KeyringError::WrongPassphrase) => {
-                let back = self.back_off.entry(uid).or_default();
-                let doubled = 1u32.checked_shl(back.failures).unwrap_or(u32::MAX);
-                back.until =
-                    now.boot.saturating_add(BACK_OFF_FIRST.saturating_mul(doubled).min(BACK_OFF_LAST));
-                back.failures = back.failures.saturating_add(1);
-                tracing::warn!(uid, failures = back.failures, "wrong passphrase");
+                let failures = self.back_off.wrong(uid, now.boot);
+                tracing::warn!(uid, failures, "wrong passphrase");
             }
             Err(_) => {}
         }
         Ok(unlocked?)
-    }
-}
-
-impl Streams {
-    fn hold(&mut self, session: &mut Session, key: KeyId, stream: OpenStream) -> Result<u32, Refused> {
-        if self.0.keys().filter(|(session_number, _)| *session_number == session.number).count()
-            >= REMOTE_STREAMS_MAX
-        {
-            return Err(Status::Limit.into());
-        }
-        let number = session.next_stream;
-        session.next_stream = number.checked_add(1).ok_or(Status::Limit)?;
-        self.0.insert((session.number, number), (key, stream));
-        Ok(number)
-    }
-
-    /// A stream whose number the client never learns is not kept.
-    fn keep_if<T>(
-        &mut self,
-        session: &Session,
-        stream: u32,
-        pushed: Result<T, ReplyError>,
-    ) -> Result<T, ReplyError> {
-        if pushed.is_err() {
-            self.0.remove(&(session.number, stream));
-        }
-        pushed
-    }
-}
-
-/// Seals the next chunks of a stream. A chunk is numbered here and sealed once; an error ends the stream.
-fn encrypt_chunks(
-    _permit: &Permit,
-    streams: &mut Streams,
-    session: &Session,
-    stream: u32,
-    plaintext: &[u8],
-    request_id: u32,
-    replies: &mut Replies,
-) -> Result<(), Refused> {
-    // Taken out, and put back only when all went well: an error ends the stream.
-    let place = (session.number, stream);
-    let Some((key, OpenStream::Encrypt { body, next })) = streams.0.remove(&place) else {
-        return Err(Status::NotFound.into());
-    };
-    let whole = plaintext.len() / CHUNK_LEN;
-    let rest = plaintext.len() % CHUNK_LEN;
-    let ends = plaintext.is_empty() || rest != 0;
-    let chunks = whole.saturating_add(usize::from(ends));
-    let sealed_len = plaintext.len().saturating_add(chunks.saturating_mul(TAG_LEN));
-    replies.push(request_id, &NoFields {}, sealed_len, |out| {
-        for (to, from) in out.chunks_mut(SEALED_CHUNK_LEN).zip(plaintext.chunks(CHUNK_LEN)) {
-            to.get_mut(..from.len()).ok_or(Status::Internal)?.copy_from_slice(from);
-        }
-        body.seal_chunks(next, out).map_err(Refused::from)
-    })??;
-    if !ends {
-        let next = next.saturating_add(chunks as u64);
-        streams.0.insert(place, (key, OpenStream::Encrypt { body, next }));
-    }
-    Ok(())
-}
-
-/// Opens chunks of a stream, wherever they stand. An error ends the stream.
-fn decrypt_chunks(
-    _permit: &Permit,
-    streams: &mut Streams,
-    session: &Session,
-    fields: kms_protocol::RemoteChunks,
-    chunks: &[u8],
-    request_id: u32,
-    replies: &mut Replies,
-) -> Result<(), Refused> {
-    let place = (session.number, fields.stream);
-    let Some((key, OpenStream::Decrypt { body })) = streams.0.remove(&place) else {
-        return Err(Status::NotFound.into());
-    };
-    let whole = chunks.len() / SEALED_CHUNK_LEN;
-    let rest = chunks.len() % SEALED_CHUNK_LEN;
-    if chunks.is_empty() {
-        return Err(Status::Malformed.into());
-    }
-    if rest != 0 && rest < TAG_LEN {
-        return Err(Status::InvalidCiphertext.into());
-    }
-    let count = whole.saturating_add(usize::from(rest != 0));
-    let plaintext_len = chunks.len().saturating_sub(count.saturating_mul(TAG_LEN));
-    replies.push(request_id, &NoFields {}, plaintext_len, |out| {
-        let mut first = fields.first;
-        let mut chunk = zeroize::Zeroizing::new([0; SEALED_CHUNK_LEN]);
-        // By the sealed chunks: an empty last one has no plaintext, and its tag is checked all the same.
-        let mut rest = out;
-        for from in chunks.chunks(SEALED_CHUNK_LEN) {
-            let chunk = chunk.get_mut(..from.len()).ok_or(Status::Internal)?;
-            chunk.copy_from_slice(from);
-            body.open_chunks(first, chunk)?;
-            let opened = chunk.get(..from.len().saturating_sub(TAG_LEN)).ok_or(Status::Internal)?;
-            let (to, behind) = rest.split_at_mut_checked(opened.len()).ok_or(Status::Internal)?;
-            to.copy_from_slice(opened);
-            rest = behind;
-            first = first.saturating_add(1);
-        }
-        Ok::<(), Refused>(())
-    })??;
-    streams.0.insert(place, (key, OpenStream::Decrypt { body }));
-    Ok(())
-}
-
-fn refuse(request_id: u32, refused: &Refused, replies: &mut Replies) -> Outcome {
-    // Rounded up: who is told to wait for nothing asks again at once.
-    let retry_after_ms = u32::try_from(refused.retry_after.as_micros().div_ceil(1000)).unwrap_or(u32::MAX);
-    match replies.push_refusal(request_id, refused.status, retry_after_ms) {
-        Ok(()) if !refused.close => Outcome::Continue,
-        Ok(()) | Err(_) => Outcome::Close,
     }
 }
 
@@ -977,23 +685,5 @@ fn description(summary: &KeySummary, versions_after: u32) -> Description {
         versions: if version.version > versions_after { vec![version] } else { Vec::new() },
         more: false,
         constraints: vec![Constraint { kind: constraint::MEMORY_ONLY, value: 0 }],
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn busy_never_names_a_wait_of_nothing() {
-        for (wait, named) in
-            [(Duration::from_micros(1), 1), (Duration::from_micros(1_001), 2), (BACK_OFF_LAST, 10_000)]
-        {
-            let mut replies = Replies::new(kms_secret_memory::Policy::Auto).unwrap();
-            refuse(1, &Refused::busy(wait), &mut replies);
-            let frame = Frame::parse(replies.waiting(), kms_protocol::FRAME_MAX).unwrap().unwrap();
-            let refusal: kms_protocol::Refusal = kms_protocol::decode_fields(frame.fields).unwrap();
-            assert_eq!(refusal.retry_after_ms, named);
-        }
     }
 }

@@ -6,7 +6,7 @@
 //! closure.
 
 use argon2::{Algorithm, Argon2, Block, Params, Version};
-use kms_envelope::{ExpandKey, KEY_LEN, KeyId, KeyVersion, RECORD_TAG_LEN, RecordKey};
+use kms_envelope::{ExpandKey, KEY_LEN, KeyId, KeyVersion, RECORD_TAG_LEN, RecordKey, SALT_LEN};
 use kms_secret_memory::{
     Backing, LockedBox, Policy, RegionError, Secret, SecretRegion, SecretVec, zeroize_stack,
 };
@@ -67,6 +67,39 @@ pub(crate) fn random_bytes<const N: usize>(random: &mut impl Random) -> Result<[
     let mut bytes = [0; N];
     random.fill(&mut bytes)?;
     Ok(bytes)
+}
+
+/// Salts for the requests that arrived together. They are drawn after the requests have arrived and thrown away with the
+/// last of them: what is restored from a snapshot in between seals the same messages with them, and no others.
+#[derive(Default)]
+pub(crate) struct Salts {
+    drawn: bool,
+    ready: Vec<[u8; SALT_LEN]>,
+}
+
+impl Salts {
+    /// Drawn at once when more than one is wanted.
+    const TOGETHER: usize = 16;
+
+    pub(crate) fn next(&mut self, random: &mut impl Random) -> Result<[u8; SALT_LEN], RandomUnavailable> {
+        if let Some(salt) = self.ready.pop() {
+            return Ok(salt);
+        }
+        if !self.drawn {
+            self.drawn = true;
+            return random_bytes(random);
+        }
+        let mut salts = [[0; SALT_LEN]; Self::TOGETHER];
+        random.fill(salts.as_flattened_mut())?;
+        self.ready.extend_from_slice(&salts);
+        self.ready.pop().ok_or(RandomUnavailable)
+    }
+
+    /// Forgets what was drawn for requests that arrived together.
+    pub(crate) fn end_batch(&mut self) {
+        self.ready.clear();
+        self.drawn = false;
+    }
 }
 
 /// Why a key cannot be used.
