@@ -15,7 +15,7 @@ use std::{
 };
 
 use kms_envelope::{
-    Body, CHUNK_LEN, HEADER_LEN, Header, Purpose, SEALED_CHUNK_LEN, STREAM_HEAD_LEN, TAG_LEN,
+    Body, CHUNK_LEN, HEADER_LEN, Header, HeaderError, Purpose, SEALED_CHUNK_LEN, STREAM_HEAD_LEN, TAG_LEN,
 };
 use kms_secret_memory::SecretVec;
 use nix::{
@@ -113,7 +113,9 @@ impl<'a> Input<'a> {
                 }
                 Ok(Head::Stream(header, Box::new(bytes)))
             }
-            Purpose::WrappedKey | Purpose::SharedMessage => Err(Error::NotData),
+            Purpose::WrappedKey => Err(Error::NotData),
+            // Reserved: this release does not read it.
+            Purpose::SharedMessage => Err(HeaderError::Purpose(Purpose::SharedMessage as u8).into()),
         }
     }
 

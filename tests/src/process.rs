@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    io::Write,
     os::fd::AsFd,
     process::{Child, Command, ExitStatus, Stdio},
     time::{Duration, Instant},
@@ -179,21 +180,63 @@ impl Drop for Strace {
     }
 }
 
-/// Runs to its end and gives status, stdout, stderr as text.
+/// What a program did until its end.
+#[derive(Debug)]
+pub struct Ran {
+    /// How it ended.
+    pub status: ExitStatus,
+    /// All that it wrote to stdout, if that was a pipe.
+    pub stdout: Vec<u8>,
+    /// All that it wrote to stderr, if that was a pipe.
+    pub stderr: String,
+}
+
+/// Runs to its end, with standard streams as the command has them.
+///
+/// # Panics
+/// When it cannot be run, or does not end.
+pub fn run(command: &mut Command) -> Ran {
+    finish(command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}")), &[])
+}
+
+/// As [`run`], with these bytes through a pipe as stdin.
+///
+/// # Panics
+/// When it cannot be run, or does not end.
+pub fn run_with_input(command: &mut Command, input: &[u8]) -> Ran {
+    let child = command.stdin(Stdio::piped()).spawn();
+    finish(child.unwrap_or_else(|error| panic!("{command:?}: {error}")), input)
+}
+
+fn finish(mut child: Child, input: &[u8]) -> Ran {
+    let pid = child.id().cast_signed();
+    let stdin = child.stdin.take();
+    let output = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            if let Some(mut stdin) = stdin {
+                // It need not read to the end.
+                let _ = stdin.write_all(input);
+            }
+        });
+        let reader = scope.spawn(|| child.wait_with_output().unwrap());
+        let ended = ends_within(pid, PATIENCE);
+        if !ended {
+            // Not waited for by anybody yet, so the number is still its own.
+            send_signal(pid, Signal::SIGKILL);
+        }
+        let output = reader.join().unwrap();
+        assert!(ended, "process {pid} does not end: {}", String::from_utf8_lossy(&output.stderr));
+        output
+    });
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    Ran { status: output.status, stdout: output.stdout, stderr }
+}
+
+/// Runs to its end with nothing as stdin and gives status, stdout, stderr as text.
 ///
 /// # Panics
 /// When it cannot be run, or does not end.
 pub fn output(command: &mut Command) -> (ExitStatus, String, String) {
-    let piped = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let child = piped.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
-    let pid = child.id().cast_signed();
-    let reader = std::thread::spawn(move || child.wait_with_output().unwrap());
-    if !ends_within(pid, PATIENCE) {
-        // Not waited for by anybody yet, so the number is still its own.
-        send_signal(pid, Signal::SIGKILL);
-        panic!("{command:?} does not end");
-    }
-    let output = reader.join().unwrap();
-    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
-    (output.status, text(output.stdout), text(output.stderr))
+    let ran = run(command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()));
+    (ran.status, String::from_utf8_lossy(&ran.stdout).into_owned(), ran.stderr)
 }

@@ -1,10 +1,15 @@
 //! Where the programs under test are, and what else a test may ask of the machine.
 
 use std::{
-    env,
+    env, fs,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::Command,
 };
+
+use tempfile::TempDir;
+
+use crate::fresh_folder;
 
 /// The shipped program of this name: in the folder that `KMS_TEST_BIN` names, else in `release` of the target folder.
 ///
@@ -33,7 +38,9 @@ fn target_folder() -> PathBuf {
 
 /// The tools of other packages that tests call, with the Debian package that has them.
 const TOOLS: &[(&str, &str)] = &[
+    ("env", "coreutils"),
     ("gdb", "gdb"),
+    ("mount", "mount"),
     ("prlimit", "util-linux"),
     ("setpriv", "util-linux"),
     ("sh", "dash"),
@@ -56,4 +63,40 @@ pub fn tool(name: &str) -> Command {
 /// When this is not root: whoever must become another user, or look into a process that is not dumpable, needs that.
 pub fn needs_root() {
     assert!(nix::unistd::getuid().is_root(), "this test needs root: run the tests as root (sudo tests/run)");
+}
+
+/// A copy of a program in a folder that every user can reach; taken away when dropped.
+pub struct SharedCopy {
+    _folder: TempDir,
+    path: PathBuf,
+}
+
+impl SharedCopy {
+    /// A copy with this mode.
+    ///
+    /// # Panics
+    /// When it cannot be made.
+    #[must_use]
+    pub fn of(program: &Path, mode: u32) -> Self {
+        let folder = fresh_folder(0o755);
+        let path = folder.path().join("program");
+        fs::copy(program, &path).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+        Self { _folder: folder, path }
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// A command that runs it as this user, with the gid of the same number.
+    #[must_use]
+    pub fn as_user(&self, uid: u32) -> Command {
+        let mut command = tool("setpriv");
+        let ids = [format!("--reuid={uid}"), format!("--regid={uid}"), "--clear-groups".to_owned()];
+        command.args(ids).arg(&self.path).current_dir("/");
+        command
+    }
 }

@@ -94,6 +94,17 @@ pub fn random<const N: usize>() -> [u8; N] {
     bytes
 }
 
+/// As [`random`], of a length that is not known before.
+///
+/// # Panics
+/// When there are none.
+#[must_use]
+pub fn random_bytes(len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes)).unwrap();
+    bytes
+}
+
 /// The request that adds a key; imported when `key` is given.
 ///
 /// # Panics

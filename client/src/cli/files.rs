@@ -14,20 +14,25 @@ use std::{
 use tempfile::NamedTempFile;
 
 use super::{interrupt, ui::Failure};
-use crate::{Input, Output};
+use crate::{Error, Input, Output};
 
 /// Symlinks that the name of an output may lead through.
 const LINKS_MAX: usize = 40;
 
 /// `-` and nothing at all are standard input.
 pub(super) fn open_input(name: Option<&OsStr>) -> Result<Input<'static>, Failure> {
-    let file = open(name)?;
-    Ok(Input::from_file(file)?)
+    Input::from_file(open(name)?).map_err(|error| match error {
+        Error::Input(source) => {
+            Failure::Open { path: name.unwrap_or(OsStr::new("standard input")).into(), source }
+        }
+        error => Failure::Client(error),
+    })
 }
 
 /// As [`open_input`], as a file.
 pub(super) fn open(name: Option<&OsStr>) -> Result<File, Failure> {
     match name.filter(|name| *name != "-") {
+        Some(name) if name.is_empty() => Err(Failure::EmptyName),
         Some(name) => File::open(name).map_err(|source| Failure::Open { path: name.into(), source }),
         None => io::stdin()
             .as_fd()
@@ -63,7 +68,7 @@ impl Destination {
     /// Opens it, lets `write` fill it, and makes it last. After a failure there is no file.
     pub(super) fn fill<T>(
         &self,
-        write: impl FnOnce(Output<'static>) -> Result<T, crate::Error>,
+        write: impl FnOnce(Output<'static>) -> Result<T, Error>,
     ) -> Result<T, Failure> {
         let path = match self {
             Self::Standard => {
@@ -83,8 +88,7 @@ impl Destination {
             Some(folder) if !folder.as_os_str().is_empty() => folder,
             _ => Path::new("."),
         };
-        let temporary = create_beside(folder).map_err(failed)?;
-        interrupt::remove_at_end(temporary.path().to_owned());
+        let temporary = interrupt::remove_at_end(|| create_beside(folder)).map_err(failed)?;
         let done = write(Output::to_new_file(temporary.as_file().try_clone().map_err(failed)?))?;
         persist(temporary, &target, folder).map_err(failed)?;
         Ok(done)
@@ -159,8 +163,8 @@ mod tests {
 
         let failed: Result<(), _> = Destination::new(Some(path.as_os_str()))
             .unwrap()
-            .fill(|output| output.put(b"half").and(Err(crate::Error::InvalidCiphertext)));
-        assert!(matches!(failed, Err(Failure::Client(crate::Error::InvalidCiphertext))));
+            .fill(|output| output.put(b"half").and(Err(Error::InvalidCiphertext)));
+        assert!(matches!(failed, Err(Failure::Client(Error::InvalidCiphertext))));
         assert_eq!(fs::read(&path).unwrap(), b"two");
         // Nothing else is left in the folder.
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 4);

@@ -2,6 +2,7 @@
 
 use std::{
     fs::{self, File},
+    io,
     path::PathBuf,
     sync::{Mutex, MutexGuard, PoisonError},
     thread,
@@ -11,6 +12,7 @@ use nix::sys::{
     signal::{SigSet, Signal, raise},
     termios::{LocalFlags, SetArg, Termios, tcgetattr, tcsetattr},
 };
+use tempfile::NamedTempFile;
 
 static LEFTOVERS: Mutex<Leftovers> = Mutex::new(Leftovers { file: None, terminal: None });
 
@@ -47,9 +49,13 @@ pub(super) fn watch() {
     let _ = stop.thread_unblock();
 }
 
-/// Removes `path` if a signal comes.
-pub(super) fn remove_at_end(path: PathBuf) {
-    lock().file = Some(path);
+/// Makes a file that is removed if a signal comes.
+pub(super) fn remove_at_end(create: impl FnOnce() -> io::Result<NamedTempFile>) -> io::Result<NamedTempFile> {
+    // Behind the lock, so that a signal finds either no file yet or its name.
+    let mut leftovers = lock();
+    let file = create()?;
+    leftovers.file = Some(file.path().to_owned());
+    Ok(file)
 }
 
 /// Runs `whole` without a signal in between, after which there is nothing to remove any more.

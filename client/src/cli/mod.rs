@@ -282,18 +282,26 @@ impl Decrypt {
         let mut input = open_input(self.common.file.as_deref())?;
         let head = input.head()?;
         let (Head::Message(header) | Head::Stream(header, _)) = &head;
+        let version = header.key_version;
         let mut client = connect(global)?;
         let (key, subject) = match name {
             Some(name) => (KeyRef::Name(name), name.to_owned()),
             None => (KeyRef::Id(*header.key_id.as_bytes()), named_key(&mut client, ui, header.key_id)?),
         };
-        let failed = |error| Failure::of_key(&subject, error);
+        let failed = |client: &mut Client, error: Error| {
+            // The agent says the same of a key and of a version that it does not have.
+            let is_version = error.status() == Some(Status::NotFound) && client.describe(key).is_ok();
+            match is_version {
+                true => Failure::NoVersion { name: subject.clone(), version },
+                false => Failure::of_key(&subject, error),
+            }
+        };
         let stream = match head {
             Head::Stream(_, stream) => stream,
             Head::Message(header) => {
                 let ciphertext = message(&header.to_bytes(), &mut input)?;
-                let plaintext =
-                    client.decrypt(key, context.as_ref(), ciphertext.expose_secret()).map_err(failed)?;
+                let opened = client.decrypt(key, context.as_ref(), ciphertext.expose_secret());
+                let plaintext = opened.map_err(|error| failed(&mut client, error))?;
                 return destination.fill(|output: Output<'_>| output.put(plaintext.expose_secret()));
             }
         };
@@ -301,14 +309,17 @@ impl Decrypt {
             match client.stream_open(key, context.as_ref(), &stream) {
                 Err(error) if self.common.may_go_remote(&error) => {}
                 stream => {
-                    let stream = stream.map_err(failed)?;
+                    let stream = stream.map_err(|error| failed(&mut client, error))?;
                     let progress = ui.progress(input.remaining(), &destination);
                     destination.fill(|output| stream.run(input, output, &progress))?;
                     return Ok(());
                 }
             }
         }
-        let stream = client.remote_stream_open(key, context.as_ref(), &stream).map_err(failed)?;
+        let stream = match client.remote_stream_open(key, context.as_ref(), &stream) {
+            Ok(stream) => stream,
+            Err(error) => return Err(failed(&mut client, error)),
+        };
         let progress = ui.progress(input.remaining(), &destination);
         destination.fill(|output| stream.run(input, output, &progress))?;
         Ok(())
@@ -336,7 +347,10 @@ impl Common {
 /// The whole of a message whose header was read.
 fn message(header: &[u8], input: &mut Input<'_>) -> Result<SecretVec, Failure> {
     let max = message_len(MESSAGE_MAX);
-    let body = input.rest("message", max.saturating_sub(header.len()))?;
+    let body = input.rest("message", max.saturating_sub(header.len())).map_err(|error| match error {
+        Error::TooLong { .. } => Failure::LongMessage { max },
+        error => Failure::Client(error),
+    })?;
     let mut whole = SecretVec::with_capacity(max);
     let parts = [header, body.expose_secret()];
     parts.iter().try_for_each(|part| whole.push_slice(part)).map_err(|_| Error::InvalidCiphertext)?;

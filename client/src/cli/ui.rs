@@ -19,7 +19,7 @@ use std::{
 use clap::error::{ContextKind, ErrorKind};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use jiff::Timestamp;
-use kms_envelope::ContextError;
+use kms_envelope::{ContextError, HeaderError, KeyVersion};
 use kms_protocol::{NameError, PASSPHRASE_MAX};
 use serde::Serialize;
 use thiserror::Error;
@@ -52,6 +52,10 @@ pub(super) enum Failure {
     /// As [`Failure::Client`], about a key.
     #[error("{error}")]
     Key { name: String, error: Error },
+    #[error("the key {name} has no version {version}, which the ciphertext names")]
+    NoVersion { name: String, version: KeyVersion },
+    #[error("the ciphertext is longer than the {max} bytes of the longest message")]
+    LongMessage { max: usize },
     #[error(transparent)]
     Name(NameError),
     #[error(transparent)]
@@ -104,7 +108,9 @@ impl Failure {
             | Self::NoUser { .. }
             | Self::EmptyName
             | Self::Terminal => USAGE,
-            Self::Open { .. }
+            Self::NoVersion { .. }
+            | Self::LongMessage { .. }
+            | Self::Open { .. }
             | Self::Create { .. }
             | Self::Print(_)
             | Self::ReadPassphrase(_)
@@ -134,6 +140,10 @@ impl Failure {
     fn hint(&self) -> Option<&'static str> {
         match self {
             Self::Client(error) | Self::Key { error, .. } => client_hint(error),
+            Self::NoVersion { .. } => Some("`kmsctl describe NAME` shows the versions that there are"),
+            Self::LongMessage { .. } => {
+                Some("something else stands behind the message; take another copy of the file")
+            }
             Self::Name(_) => Some("a name looks like backup, db/2025 or alice.mail"),
             Self::Context(_) | Self::NotAPair => {
                 Some("give each pair once, as -C table=people; at most 64 pairs and 8,192 bytes")
@@ -152,11 +162,10 @@ impl Failure {
             Self::KeyDigits { .. } | Self::NotADigit => {
                 Some("without --hex the file holds the 32 bytes themselves")
             }
-            Self::Open { .. }
-            | Self::Create { .. }
-            | Self::Print(_)
-            | Self::ReadPassphrase(_)
-            | Self::Interrupted => None,
+            Self::Open { source, .. } | Self::ReadPassphrase(source) => Some(reading_hint(source)),
+            Self::Create { source, .. } => Some(writing_hint(source)),
+            Self::Print(source) => Some(writing_hint(source)),
+            Self::Interrupted => None,
         }
     }
 }
@@ -203,6 +212,13 @@ fn advice(operation: Option<Opcode>, status: Status) -> Option<Advice> {
         }
         (_, Status::Denied) => ("not permitted", "ask whoever runs the agent for the right to do this"),
         (_, Status::Locked) => ("the agent is locked", "end the lock with `kmsctl unlock`"),
+        (
+            Some(Opcode::RemoteStreamEncrypt | Opcode::RemoteStreamDecrypt | Opcode::RemoteStreamClose),
+            Status::NotFound,
+        ) => (
+            "the agent has ended the stream",
+            "a lock or the removal of the key ends it; see `kmsctl status`, then start anew",
+        ),
         (_, Status::NotFound) => ("there is no such key", "`kmsctl list` shows the keys that there are"),
         (_, Status::Exists) => (
             "the name is taken",
@@ -270,18 +286,42 @@ fn client_hint(error: &Error) -> Option<&'static str> {
             "that agent serves its own user only, not you; start an agent of your own with `eval \"$(kms-agent)\"`, or name \
              its socket with KMS_AUTH_SOCK or --socket",
         ),
-        Error::UntrustedPlace { .. }
-        | Error::WritableDirectory { .. }
-        | Error::UntrustedServer { .. }
-        | Error::UnidentifiedServer { .. } => Some(TRUST_HINT),
+        Error::WritableDirectory { .. } => Some(
+            "--server-uid does not help there: take the right to write from the others with `chmod o-w`, or name another socket \
+             with KMS_AUTH_SOCK or --socket",
+        ),
+        Error::UntrustedPlace { .. } | Error::UntrustedServer { .. } | Error::UnidentifiedServer { .. } => {
+            Some(TRUST_HINT)
+        }
         Error::InvalidCiphertext => Some(INVALID_HINT),
-        Error::NotACiphertext(_) => Some("decrypt takes what `kmsctl encrypt` has written"),
-        Error::NotData => Some("decrypt takes what `kmsctl encrypt` has written"),
+        Error::NotACiphertext(
+            HeaderError::Format(_) | HeaderError::Suite(_) | HeaderError::Purpose(_) | HeaderError::Flags(_),
+        ) => Some("a later release may have written it; `kmsctl --version` tells which one this is"),
+        Error::NotACiphertext(_) | Error::NotData => Some("decrypt takes what `kmsctl encrypt` has written"),
         Error::Timeout { .. } | Error::Closed | Error::Broken | Error::Reply(_) | Error::Connection(_) => {
             Some("`kmsctl ping` tells whether the agent is there; its log may say more")
         }
+        Error::Input(source) => Some(reading_hint(source)),
+        Error::Output(source) => Some(writing_hint(source)),
         Error::InputChanged => Some("try again when nothing else writes to the file"),
         _ => None,
+    }
+}
+
+fn reading_hint(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::NotFound => "is the name right? `-` is standard input",
+        io::ErrorKind::PermissionDenied => "ask the owner of the file for the right to read it",
+        io::ErrorKind::IsADirectory => "name a file; of a directory, `tar` makes one",
+        _ => "name a file that can be read, or an open descriptor",
+    }
+}
+
+fn writing_hint(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "make room there, then try again",
+        io::ErrorKind::BrokenPipe => "whatever was to read it has ended before",
+        _ => "name a file in a directory that is there and that you may write to",
     }
 }
 
@@ -779,6 +819,9 @@ mod tests {
         };
         assert_eq!(Failure::Client(busy).message(), "the agent is busy, and asks to wait 2 s");
         assert_eq!(refused(Opcode::List, Status::Locked).exit_code(), 3);
+        let stream = refused(Opcode::RemoteStreamDecrypt, Status::NotFound);
+        assert_eq!(stream.message(), "the agent has ended the stream");
+        assert_eq!(refused(Opcode::RemoteStreamOpen, Status::NotFound).message(), "there is no such key");
     }
 
     #[test]

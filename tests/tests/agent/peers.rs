@@ -7,17 +7,15 @@ use std::{
         fd::{AsRawFd, OwnedFd, RawFd},
         unix::{fs::PermissionsExt, net::UnixStream},
     },
-    path::{Path, PathBuf},
+    path::Path,
     process::{Command, Stdio},
 };
 
 use kms_protocol::{FRAME_MAX, Frame, Hello, NoFields, Opcode, PROTOCOL_VERSION, Status};
 use kms_tests::{
-    ALICE, Agent, BOB, Wire,
-    agent::fresh_folder,
-    as_uid,
+    ALICE, Agent, BOB, Wire, as_uid,
     process::{self, Strace, descriptors, wait_until},
-    programs::{needs_root, tool},
+    programs::{SharedCopy, needs_root, tool},
     wire::frame,
 };
 use nix::{
@@ -37,27 +35,9 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// A copy of the peer program that everybody can run, in a folder that everybody can reach.
-struct PeerProgram {
-    _folder: tempfile::TempDir,
-    path: PathBuf,
-}
-
-impl PeerProgram {
-    fn copy(mode: u32) -> Self {
-        let folder = fresh_folder(0o755);
-        let path = folder.path().join("peer");
-        fs::copy(env!("CARGO_BIN_EXE_kms-test-peer"), &path).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
-        Self { _folder: folder, path }
-    }
-
-    fn as_user(&self, uid: u32) -> Command {
-        let mut command = tool("setpriv");
-        let ids = [format!("--reuid={uid}"), format!("--regid={uid}"), "--clear-groups".to_owned()];
-        command.args(ids).arg(&self.path).current_dir("/");
-        command
-    }
+/// The peer program, where every user can run it.
+fn peer_program(mode: u32) -> SharedCopy {
+    SharedCopy::of(Path::new(env!("CARGO_BIN_EXE_kms-test-peer")), mode)
 }
 
 /// What the peer program said: real and effective uid, and the reply.
@@ -106,7 +86,7 @@ fn another_user_and_root_are_refused_without_a_byte() {
 fn a_connection_made_by_one_user_and_used_by_another_is_closed() {
     needs_root();
     let agent = Agent::builder().reachable_by_others().start();
-    let program = PeerProgram::copy(0o755);
+    let program = peer_program(0o755);
     for (user, greeted) in [(BOB, false), (BOB, true), (ROOT, false), (ROOT, true)] {
         // Connected, and perhaps welcomed, as root; then inherited by a process of this user.
         let wire = if greeted { agent.connect() } else { agent.mute() };
@@ -143,7 +123,7 @@ fn a_sender_that_changes_in_the_middle_of_a_frame_is_noticed() {
 fn a_setuid_program_is_no_deputy() {
     needs_root();
     let agent = Agent::builder().reachable_by_others().start();
-    let setuid = PeerProgram::copy(0o4755);
+    let setuid = peer_program(0o4755);
     let bytes = hex(&hello_and_ping());
     let socket = agent.socket.to_str().unwrap();
     let (uids, reply) = said(setuid.as_user(ALICE).args(["connect", socket, &bytes]));
@@ -156,7 +136,7 @@ fn a_setuid_program_is_no_deputy() {
         (0..reply.len()).step_by(2).map(|at| u8::from_str_radix(&reply[at..at + 2], 16).unwrap()).collect();
     let welcome = Frame::parse(&reply, FRAME_MAX).unwrap().unwrap();
     assert_eq!(welcome.head.code, Status::Ok.code());
-    let plain = PeerProgram::copy(0o755);
+    let plain = peer_program(0o755);
     let (uids, reply) = said(plain.as_user(ALICE).args(["connect", socket, &bytes]));
     assert_eq!((uids, reply), (format!("{ALICE} {ALICE}"), String::new()));
 }
@@ -167,7 +147,7 @@ fn a_message_of_a_setuid_tool_on_the_attackers_own_socket_is_no_request() {
     // Alice's connection to Alice's agent; a setuid-root program writes to it: not Alice, so closed.
     let agent = Agent::builder().uid(ALICE).reachable_by_others().start();
     let wire = as_uid(ALICE, || agent.connect());
-    let program = PeerProgram::copy(0o755);
+    let program = peer_program(0o755);
     let ping = hex(&frame(Opcode::Ping, 2, &NoFields {}, &[]));
     let mut command = program.as_user(ROOT);
     command.args(["inherited", &ping]).stdin(Stdio::from(OwnedFd::from(wire.stream)));
@@ -310,14 +290,14 @@ fn a_message_without_credentials_is_a_no() {
 fn a_peer_in_a_user_namespace_is_who_it_is_outside() {
     needs_root();
     let agent = Agent::builder().reachable_by_others().start();
-    let program = PeerProgram::copy(0o755);
+    let program = peer_program(0o755);
     let socket = agent.socket.to_str().unwrap();
     // Root inside, Alice outside.
     let mut command = tool("setpriv");
     command
         .args([&format!("--reuid={ALICE}"), &format!("--regid={ALICE}"), "--clear-groups"])
         .args(["unshare", "-Ur"])
-        .arg(&program.path)
+        .arg(program.path())
         .args(["connect", socket, &hex(&hello_and_ping())])
         .current_dir("/");
     let (uids, reply) = said(&mut command);
