@@ -1,10 +1,6 @@
 //! What `docs/protocol.md` says in tables and sentences is what the code has, both ways.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    fs,
-    path::Path,
-};
+use std::collections::{BTreeMap, BTreeSet};
 
 use kms_protocol::{
     FRAME_HEAD_LEN, FRAME_MAX, KeyName, Opcode, PAGE_ROWS_MAX, PASSPHRASE_MAX, PROTOCOL_VERSION,
@@ -12,33 +8,15 @@ use kms_protocol::{
 };
 
 use crate::{
-    repository,
+    quotes::sources,
     schema::{Document, words},
     vectors::Vector,
 };
 
-const PATH: &str = "docs/protocol.md";
 const RESERVED: &str = "reserved";
 
 fn number(cell: &str) -> u16 {
     u16::from_str_radix(cell.strip_prefix("0x").unwrap(), 16).unwrap()
-}
-
-/// Every Rust source below a folder.
-fn sources(folder: &str) -> Vec<(String, String)> {
-    fn walk(folder: &Path, found: &mut Vec<(String, String)>) {
-        for entry in fs::read_dir(folder).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                walk(&path, found);
-            } else if path.extension().is_some_and(|extension| extension == "rs") {
-                found.push((path.display().to_string(), fs::read_to_string(&path).unwrap()));
-            }
-        }
-    }
-    let mut found = Vec::new();
-    walk(&repository(folder), &mut found);
-    found
 }
 
 #[test]
@@ -207,116 +185,5 @@ fn the_worked_example_is_its_vectors() {
         let digits = lines.iter().flat_map(|line| line.split("  ").next().unwrap().split(' '));
         let bytes: Vec<u8> = digits.map(|pair| u8::from_str_radix(pair, 16).unwrap()).collect();
         assert_eq!(Some(&bytes), vectors.get(name), "{name}");
-    }
-}
-
-/// `(place, anchor, sentence)` of every quotation of this document in a source.
-fn quotations(name: &str, source: &str) -> Vec<(String, String, String)> {
-    let mut found: Vec<(String, String, String)> = Vec::new();
-    let mut ours = false;
-    for (at, line) in source.lines().enumerate() {
-        let line = line.trim_start();
-        if let Some(target) = line.strip_prefix("//= ") {
-            let (path, anchor) =
-                target.split_once('#').unwrap_or_else(|| panic!("{name}:{}: no section", at + 1));
-            ours = path == PATH;
-            if ours {
-                found.push((format!("{name}:{}", at + 1), anchor.to_owned(), String::new()));
-            }
-        } else if let Some(text) = line.strip_prefix("//# ").filter(|_| ours) {
-            let (_, _, sentence) = found.last_mut().unwrap();
-            sentence.push_str(text);
-            sentence.push(' ');
-        }
-    }
-    found
-}
-
-fn check(document: &Document, quotations: &[(String, String, String)]) -> Result<(), String> {
-    for (place, anchor, sentence) in quotations {
-        let section = document.sections.iter().find(|section| section.anchor == *anchor);
-        let section = section.ok_or_else(|| format!("{place}: there is no section {anchor}"))?;
-        let sentence = words(sentence);
-        if sentence.is_empty() || !section.words.contains(&sentence) {
-            return Err(format!("{place}: section {anchor} does not say: {sentence}"));
-        }
-    }
-    Ok(())
-}
-
-#[test]
-fn every_quoted_sentence_stands_in_the_document() {
-    let document = Document::read();
-    let mut own = 0;
-    for folder in ["protocol/src", "agent/src", "client/src"] {
-        for (name, source) in sources(folder) {
-            let found = quotations(&name, &source);
-            check(&document, &found).unwrap();
-            if folder == "protocol/src" {
-                own += found.len();
-            }
-        }
-    }
-    // So that a way of quoting which is no longer recognised does not pass as no quotations.
-    assert!(own >= 15, "only {own} quotations found");
-}
-
-#[test]
-fn a_changed_sentence_and_a_wrong_section_are_noticed() {
-    let document = Document::parse("# Top\n## 1. First part\nAn agent MUST\nrefuse.\n### 1.1 More\nOther.\n");
-    let quote = |anchor: &str, lines: &str| {
-        check(&document, &quotations("x.rs", &format!("    //= {PATH}#{anchor}\n{lines}")))
-    };
-    quote("1-first-part", "//# An agent MUST\n    //# refuse.\n").unwrap();
-    quote("1-first-part", "//# An agent MUST accept.\n").unwrap_err();
-    quote("11-more", "//# An agent MUST refuse.\n").unwrap_err();
-    quote("2-second-part", "//# An agent MUST refuse.\n").unwrap_err();
-    quote("11-more", "").unwrap_err();
-}
-
-/// `docs/protocol.md`, section N, and sections N, M and K, wherever code or text says so.
-fn cited(text: &str) -> Vec<String> {
-    let mut found = Vec::new();
-    let text = words(&text.replace("//!", " ").replace("///", " "));
-    for (at, _) in text.match_indices(PATH) {
-        let rest = &text[at + PATH.len()..];
-        let rest = rest.trim_start_matches(['`', ',', ' ']);
-        let Some(list) = rest.strip_prefix("sections ").or_else(|| rest.strip_prefix("section ")) else {
-            continue;
-        };
-        for word in list.split([' ', ',']) {
-            let word = word.trim_end_matches([')', '.', ':', ';', '`', '"']);
-            match word {
-                "and" | "" => {}
-                word if word.starts_with(|c: char| c.is_ascii_digit()) => found.push(word.to_owned()),
-                _ => break,
-            }
-        }
-    }
-    found
-}
-
-#[test]
-fn every_section_that_is_cited_exists() {
-    let document = Document::read();
-    assert_eq!(cited("(`docs/protocol.md`, sections 4.1, 4\n/// and 5.3)."), ["4.1", "4", "5.3"]);
-    let mut seen = 0;
-    for folder in ["protocol/src", "protocol/tests", "protocol/examples", "agent/src", "client/src"] {
-        for (name, source) in sources(folder) {
-            for number in cited(&source) {
-                let exists = document.sections.iter().any(|section| section.number == number);
-                assert!(exists || name.ends_with("tests/wire/document.rs"), "{name}: section {number}");
-                seen += 1;
-            }
-        }
-    }
-    assert!(seen >= 15, "only {seen} citations found");
-
-    // The document's own references, to itself.
-    for section in &document.sections {
-        for rest in section.words.split("(section ").skip(1) {
-            let number = rest.split([')', ',']).next().unwrap();
-            assert!(document.sections.iter().any(|section| section.number == number), "section {number}");
-        }
     }
 }

@@ -10,6 +10,7 @@
 
 mod document;
 mod noise;
+mod quotes;
 mod replies;
 mod schema;
 #[path = "../support/show.rs"]
