@@ -3,6 +3,8 @@
 //! Owns the wire: the frame head, the codec of the fields, every request and reply, the statuses and the names of keys.
 //! Implements `docs/protocol.md`. It never does I/O, never holds a key, and never decides who may do what.
 
+#![forbid(unsafe_code)]
+
 mod codec;
 mod frame;
 mod message;

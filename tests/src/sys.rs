@@ -1,9 +1,15 @@
-//! The calls that the safe crates do not have. The only module of this package with `unsafe`.
-#![expect(unsafe_code, reason = "raw system calls without a safe wrapper in nix")]
+//! The calls that the safe crates do not have, and looks at memory behind a program's back. The only module of this package with `unsafe`.
+#![expect(
+    unsafe_code,
+    reason = "system calls without a safe wrapper in nix, an allocator, the memory of a value after its drop"
+)]
 
 use std::{
+    alloc::{GlobalAlloc, Layout, System},
     io,
+    mem::{MaybeUninit, size_of},
     os::fd::{FromRawFd, OwnedFd},
+    sync::atomic::{AtomicUsize, Ordering::Relaxed},
 };
 
 /// Changes the credentials of the calling thread alone: no supplementary groups, the gid `effective`, and these uids.
@@ -31,4 +37,54 @@ pub fn pidfd_open(pid: i32) -> Option<OwnedFd> {
     let fd = i32::try_from(fd).ok().filter(|fd| *fd >= 0)?;
     // SAFETY: the kernel made this descriptor just now, and nobody else knows it.
     Some(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+static LIVE: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+static LARGEST: AtomicUsize = AtomicUsize::new(0);
+
+/// The system's allocator, and what it was asked for; to be made the global one of a test that calls [`allocated_during`].
+pub struct Counting;
+
+// SAFETY: every call goes to the system's allocator unchanged; only numbers are kept beside it.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        let live = LIVE.fetch_add(layout.size(), Relaxed).wrapping_add(layout.size());
+        PEAK.fetch_max(live, Relaxed);
+        LARGEST.fetch_max(layout.size(), Relaxed);
+        // SAFETY: the caller's promise is passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        LIVE.fetch_sub(layout.size(), Relaxed);
+        // SAFETY: the caller's promise is passed on.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+/// The largest single allocation, and the most that was held at a time, while `work` ran.
+pub fn allocated_during(work: impl FnOnce()) -> (usize, usize) {
+    let before = LIVE.load(Relaxed);
+    PEAK.store(before, Relaxed);
+    LARGEST.store(0, Relaxed);
+    work();
+    (LARGEST.load(Relaxed), PEAK.load(Relaxed).saturating_sub(before))
+}
+
+/// The bytes of a value where it lay, before it was dropped there and afterwards.
+pub fn before_and_after_drop<T>(value: T) -> (Vec<u8>, Vec<u8>) {
+    fn bytes_of<T>(slot: &MaybeUninit<T>) -> Vec<u8> {
+        let start = slot.as_ptr().cast::<u8>();
+        // SAFETY: the slot is alive and `size_of::<T>()` bytes long; it was zeroed before it was written, and the reads are volatile,
+        // so each is of a byte that exists in memory, whatever the compiler knows of the value that was there.
+        (0..size_of::<T>()).map(|i| unsafe { start.add(i).read_volatile() }).collect()
+    }
+    let mut slot = Box::new(MaybeUninit::<T>::zeroed());
+    slot.write(value);
+    let before = bytes_of(&slot);
+    // SAFETY: the value was written above and is not used again.
+    unsafe { slot.assume_init_drop() };
+    let after = bytes_of(&slot);
+    (before, after)
 }

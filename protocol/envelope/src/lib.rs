@@ -8,6 +8,8 @@
 //! What is wiped: expanded keys, derived bytes, DEKs and HMAC states when they are dropped, and output buffers after a failure.
 //! What the compiler spills to the stack is the caller's to wipe.
 
+#![forbid(unsafe_code)]
+
 mod aead;
 pub mod chunk;
 mod cobblestone;

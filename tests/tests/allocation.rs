@@ -1,7 +1,5 @@
 //! No length on the wire makes the decoder reserve more than a frame can hold (`docs/protocol.md`, section 2.3).
 
-#![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
-
 use std::fs;
 
 use bincode::Decode;
@@ -9,53 +7,13 @@ use kms_protocol::{
     Add, Description, FRAME_HEAD_LEN, FRAME_MAX, Frame, Listed, Opcode, Request, StatusReply, Welcome,
     decode_fields, push_frame,
 };
+use kms_tests::sys::{Counting, allocated_during};
 
-mod counting {
-    #![expect(unsafe_code, reason = "a global allocator is unsafe to implement")]
-
-    use std::{
-        alloc::{GlobalAlloc, Layout, System},
-        sync::atomic::{AtomicUsize, Ordering::Relaxed},
-    };
-
-    #[global_allocator]
-    static COUNTING: Counting = Counting;
-
-    static LIVE: AtomicUsize = AtomicUsize::new(0);
-    static PEAK: AtomicUsize = AtomicUsize::new(0);
-    static LARGEST: AtomicUsize = AtomicUsize::new(0);
-
-    struct Counting;
-
-    // SAFETY: every call goes to the system's allocator unchanged; only numbers are kept beside it.
-    unsafe impl GlobalAlloc for Counting {
-        unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-            let live = LIVE.fetch_add(layout.size(), Relaxed).wrapping_add(layout.size());
-            PEAK.fetch_max(live, Relaxed);
-            LARGEST.fetch_max(layout.size(), Relaxed);
-            // SAFETY: the caller's promise is passed on.
-            unsafe { System.alloc(layout) }
-        }
-
-        unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-            LIVE.fetch_sub(layout.size(), Relaxed);
-            // SAFETY: the caller's promise is passed on.
-            unsafe { System.dealloc(pointer, layout) }
-        }
-    }
-
-    /// The largest single allocation, and the most that was held at a time, while `work` ran.
-    pub(crate) fn during(work: impl FnOnce()) -> (usize, usize) {
-        let before = LIVE.load(Relaxed);
-        PEAK.store(before, Relaxed);
-        LARGEST.store(0, Relaxed);
-        work();
-        (LARGEST.load(Relaxed), PEAK.load(Relaxed).saturating_sub(before))
-    }
-}
+#[global_allocator]
+static COUNTING: Counting = Counting;
 
 fn decode_reply<T: Decode<()> + for<'de> bincode::BorrowDecode<'de, ()>>(fields: &[u8]) -> usize {
-    let (largest, held) = counting::during(|| drop(decode_fields::<T>(fields)));
+    let (largest, held) = allocated_during(|| drop(decode_fields::<T>(fields)));
     assert!(largest <= FRAME_MAX, "{largest} bytes at once");
     held
 }
@@ -66,7 +24,7 @@ fn decode_all(fields: &[u8]) {
         let mut empty = Vec::new();
         push_frame(&mut empty, opcode.code(), 1, &kms_protocol::NoFields {}, &[]).unwrap();
         let frame = Frame { fields, ..Frame::parse(&empty, FRAME_MAX).unwrap().unwrap() };
-        let (_, held) = counting::during(|| drop(Request::decode(*opcode, &frame)));
+        let (_, held) = allocated_during(|| drop(Request::decode(*opcode, &frame)));
         assert!(held <= FRAME_MAX, "{opcode:?} holds {held} bytes");
     }
     // Vectors of replies hold strings of their own, whose bytes are all there: a frame for the one, a frame for the others.
@@ -103,7 +61,7 @@ fn a_length_reserves_no_more_than_a_frame() {
         7_710,
         4_096,
     ];
-    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/vectors/protocol");
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/vectors/protocol");
     let mut tried = 0;
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
@@ -142,6 +100,6 @@ fn a_length_reserves_no_more_than_a_frame() {
     let add = Add { token: [0; 16], name: "a", material, if_missing: false, constraints };
     let mut frame = Vec::new();
     push_frame(&mut frame, 0x10, 1, &add, &[]).unwrap();
-    let (largest, held) = counting::during(|| drop(decode_fields::<Add<'_>>(&frame[FRAME_HEAD_LEN..])));
+    let (largest, held) = allocated_during(|| drop(decode_fields::<Add<'_>>(&frame[FRAME_HEAD_LEN..])));
     assert!(largest >= 160_000 && held >= largest);
 }
