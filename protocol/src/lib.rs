@@ -15,9 +15,11 @@ pub use frame::{
     FRAME_HEAD_LEN, Frame, FrameError, FrameHead, PayloadSlot, begin_frame, frame_len, push_frame,
 };
 pub use message::{
-    Add, Added, Constraint, Describe, Description, Fact, Hello, KeyAndContext, KeyRef, KeyRow, KeyState,
-    List, Listed, LockState, Locking, Material, NoFields, Opcode, Refusal, RemoteChunks, RemoteStream,
-    Remove, Removed, Request, StatusReply, VersionRow, Welcome, constraint,
+    Add, Added, Bind, Bound, Constraint, Describe, Description, Export, Exported, Fact, Hello, KeyAndContext,
+    KeyRef, KeyRow, KeyState, List, Listed, LockState, Locking, Material, NewDataKey, NoFields, Opcode,
+    OperationCount, Random, Refusal, RemoteChunks, RemoteStream, Remove, RemoveAll, Removed, RemovedAll,
+    Rename, Renamed, Request, Rewrap, Rewrapped, Rotate, Rotated, StatsReply, StatusReply, Value, Verified,
+    VersionRow, Welcome, constraint,
 };
 pub use types::{KeyName, NameError, Status};
 
@@ -37,6 +39,18 @@ pub const PASSPHRASE_MAX: usize = 1024;
 
 /// Remote streams that one connection can hold open.
 pub const REMOTE_STREAMS_MAX: usize = 16;
+
+/// Items of one `batch`.
+pub const BATCH_ITEMS_MAX: usize = 4096;
+
+/// Numbers that one connection can bind.
+pub const BINDINGS_MAX: usize = 1024;
+
+/// Length of the longest data key, in bytes.
+pub const DATA_KEY_MAX: usize = 1024;
+
+/// Bytes of one `random`, at most.
+pub const RANDOM_MAX: usize = 65_536;
 
 /// Bytes of a request token.
 pub const TOKEN_LEN: usize = 16;
