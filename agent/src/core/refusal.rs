@@ -37,8 +37,9 @@ impl From<KeyringError> for Refused {
             KeyringError::Locked => Status::Locked.into(),
             KeyringError::NotFound => Status::NotFound.into(),
             KeyringError::Exists => Status::Exists.into(),
-            KeyringError::Full => Status::Limit.into(),
-            KeyringError::WrongPassphrase => Status::Denied.into(),
+            KeyringError::Full | KeyringError::UsedUp => Status::Limit.into(),
+            KeyringError::Unconfirmed => Status::Declined.into(),
+            KeyringError::NotExportable | KeyringError::WrongPassphrase => Status::Denied.into(),
             KeyringError::Crypto(error) => error.into(),
         }
     }
