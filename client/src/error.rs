@@ -114,8 +114,8 @@ pub enum Error {
     /// The input does not begin as a ciphertext does.
     #[error(transparent)]
     NotACiphertext(#[from] HeaderError),
-    /// A ciphertext of ours, but not one of data.
-    #[error("the ciphertext holds a key, not data")]
+    /// Made by us, but not a ciphertext of data.
+    #[error("this is a wrapped key or the tag of an input, not encrypted data")]
     NotData,
     /// Truncated, changed, or sealed with another context: one and the same failure.
     #[error("wrong encryption context, or truncated or changed ciphertext")]

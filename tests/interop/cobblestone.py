@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 HEADER = struct.Struct(">3sBBBH16sI")
 MAGIC, FORMAT, SUITE = b"\x92\x6b\x1c", 1, 1
-MESSAGE, WRAPPED_KEY, STREAM, SHARED = 1, 2, 3, 4
+MESSAGE, WRAPPED_KEY, STREAM, SHARED, TAG = 1, 2, 3, 4, 5
 MESSAGE_MAX, CHUNK, TAG = 65536, 16384, 16
 REWRAP_LEN, HEAD_LEN = 132, 188
 CONTEXT_PAIRS_MAX, CONTEXT_LEN_MAX = 64, 8192
@@ -63,7 +63,7 @@ def parse_header(data, purposes):
         raise refuse("unsupported: format")
     if suite != SUITE:
         raise refuse("unsupported: suite")
-    if purpose not in (MESSAGE, WRAPPED_KEY, STREAM, SHARED):
+    if purpose not in (MESSAGE, WRAPPED_KEY, STREAM, SHARED, TAG):
         raise refuse("unsupported: purpose")
     if flags != 0:
         raise refuse("unsupported: flags")

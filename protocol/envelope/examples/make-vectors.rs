@@ -161,7 +161,7 @@ fn headers(v: &mut Vectors) {
         ("suite-0", "unsupported: suite", 4, 0),
         ("suite-2", "unsupported: suite", 4, 2),
         ("purpose-0", "unsupported: purpose", 5, 0),
-        ("purpose-5", "unsupported: purpose", 5, 5),
+        ("purpose-6", "unsupported: purpose", 5, 6),
         ("purpose-255", "unsupported: purpose", 5, 255),
         ("flags-high", "unsupported: flags", 6, 0x80),
         ("flags-low", "unsupported: flags", 7, 1),

@@ -96,6 +96,8 @@ pub enum Purpose {
     Stream = 3,
     /// Reserved; nothing in this crate seals or opens it.
     SharedMessage = 4,
+    /// The tag of an input. Never opened, only checked.
+    Tag = 5,
 }
 
 impl Purpose {
@@ -106,6 +108,7 @@ impl Purpose {
             2 => Some(Self::WrappedKey),
             3 => Some(Self::Stream),
             4 => Some(Self::SharedMessage),
+            5 => Some(Self::Tag),
             _ => None,
         }
     }
