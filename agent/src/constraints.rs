@@ -84,7 +84,9 @@ mod tests {
 
     #[test]
     fn what_is_read_comes_back_as_it_was_told() {
-        for list in [&[][..], &[(1, 0)], &[(1, 0), (2, 1), (3, 0), (4, 1), (5, 0)], &[(2, u64::MAX), (4, u64::MAX)]] {
+        for list in
+            [&[][..], &[(1, 0)], &[(1, 0), (2, 1), (3, 0), (4, 1), (5, 0)], &[(2, u64::MAX), (4, u64::MAX)]]
+        {
             assert_eq!(Constraints::parse(&told(list)).map(Constraints::to_list), Ok(told(list)));
         }
     }

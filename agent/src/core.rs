@@ -299,9 +299,8 @@ impl<R: Random, A: Audit> Core<R, A> {
                 return self.unlock(permit, session.peer, passphrase, request_id, now, replies);
             }
             Request::Add { fields, material } => {
-                let added = self.once(uid, fields.token, |core| {
-                    core.add(&permit, uid, &fields, material, now)
-                })?;
+                let added =
+                    self.once(uid, fields.token, |core| core.add(&permit, uid, &fields, material, now))?;
                 push(replies, request_id, &added)?;
             }
             Request::List(list) => self.list(&permit, list.cursor, now, request_id, replies)?,
@@ -356,7 +355,8 @@ impl<R: Random, A: Audit> Core<R, A> {
             }
             Request::StreamOpen { fields, head } => {
                 replies.check_room(&NoFields {}, STREAM_KEY_LEN)?;
-                let (key, _) = self.open_stream(&permit, session.selector(fields.key), fields.context, head)?;
+                let (key, _) =
+                    self.open_stream(&permit, session.selector(fields.key), fields.context, head)?;
                 replies.push(request_id, &NoFields {}, STREAM_KEY_LEN, |payload| {
                     write_stream_key(payload, &key)
                 })??;

@@ -113,8 +113,11 @@ struct VersionRecord {
     sealed: SealedKey,
 }
 
+/// The constraints of a key without [`Rare`]: in this release every key lives in memory only.
+const PLAIN: Constraints =
+    Constraints { memory_only: true, lifetime: None, confirm: false, max_uses: None, exportable: false };
+
 /// What most keys do not have.
-#[derive(Default)]
 struct Rare {
     constraints: Constraints,
     /// Since boot.
@@ -129,6 +132,12 @@ struct KeyRecord {
     id: KeyId,
     primary: VersionRecord,
     rare: Option<Box<Rare>>,
+}
+
+impl Default for Rare {
+    fn default() -> Self {
+        Self { constraints: PLAIN, expires: None, older: Vec::new() }
+    }
 }
 
 impl Drop for KeyRecord {
@@ -211,7 +220,7 @@ impl Slots {
 }
 
 enum State {
-    Open(OpenKeys),
+    Open(Box<OpenKeys>),
     Locked(LockedKeys),
 }
 
@@ -232,7 +241,7 @@ impl Keyring {
     /// # Errors
     /// [`CryptoError`] where such memory or randomness is not to be had.
     pub fn new(memory: Policy, random: &mut impl Random) -> Result<Self, CryptoError> {
-        let state = State::Open(OpenKeys::new(Shield::new(memory, random)?));
+        let state = State::Open(Box::new(OpenKeys::new(Shield::new(memory, random)?)));
         Ok(Self { state, check: None, nonces: RecordNonces::default(), memory, uses: 0 })
     }
 
@@ -350,7 +359,7 @@ impl Keyring {
             Some(key) => open.shield.seal(&id, version, key, nonces)?,
             None => open.shield.seal_new(&id, version, nonces, random)?,
         };
-        let rare = (constraints != Constraints::default()).then(|| {
+        let rare = (constraints != PLAIN).then(|| {
             // A moment that no clock reaches is none.
             let expires = constraints.lifetime.and_then(|lifetime| boot.checked_add(lifetime));
             Box::new(Rare { constraints, expires, older: Vec::new() })
@@ -619,7 +628,7 @@ impl Keyring {
     ) -> Result<(), KeyringError> {
         let State::Locked(locked) = &self.state else { return Ok(()) };
         let record_key = RecordKey::new(&*self.lock_key(passphrase_key)?);
-        let mut open = OpenKeys::new(Shield::new(self.memory, random)?);
+        let mut open = Box::new(OpenKeys::new(Shield::new(self.memory, random)?));
         for key in &locked.keys {
             let plain = key.open(&record_key)?;
             let record = KeyRecord::from_bytes(&plain, &mut open.shield, &mut self.nonces)?;
@@ -660,10 +669,7 @@ impl KeyRecord {
     }
 
     /// All of the key, for a lock. Fixed places, since they never leave this process.
-    fn to_bytes(
-        &self,
-        shield: &mut Shield,
-    ) -> Result<Zeroizing<Vec<u8>>, CryptoError> {
+    fn to_bytes(&self, shield: &mut Shield) -> Result<Zeroizing<Vec<u8>>, CryptoError> {
         let none = Rare::default();
         let rare = self.rare.as_deref().unwrap_or(&none);
         let versions = rare.older.len().saturating_add(1);
@@ -673,7 +679,9 @@ impl KeyRecord {
         let Constraints { lifetime, confirm, max_uses, exportable, memory_only } = rare.constraints;
         let flag = |set: bool, bit: u8| if set { bit } else { 0 };
         bytes.extend_from_slice(self.id.as_bytes());
-        bytes.push(flag(confirm, 1) | flag(exportable, 2) | flag(rare.expires.is_some(), 4) | flag(memory_only, 8));
+        bytes.push(
+            flag(confirm, 1) | flag(exportable, 2) | flag(rare.expires.is_some(), 4) | flag(memory_only, 8),
+        );
         bytes.push(u8::try_from(self.name.len()).map_err(|_| CryptoError::Record)?);
         bytes.extend_from_slice(self.name.as_bytes());
         bytes.extend_from_slice(&lifetime.map_or(0, |lifetime| lifetime.as_secs()).to_be_bytes());
@@ -727,7 +735,7 @@ impl KeyRecord {
             older.push(VersionRecord { version, created, uses, sealed });
         }
         let primary = older.pop().ok_or(CryptoError::Record)?;
-        let plain = constraints == Constraints::default() && older.is_empty();
+        let plain = constraints == PLAIN && older.is_empty();
         let rare = (!plain).then(|| Box::new(Rare { constraints, expires, older }));
         Ok(Self { name: name.into(), id, primary, rare })
     }
@@ -890,7 +898,7 @@ impl OpenKeys {
             created: record.versions().next().map_or(0, |first| first.created),
             uses: record.uses(),
             expires: rare.and_then(|rare| rare.expires),
-            constraints: rare.map(|rare| rare.constraints).unwrap_or_default(),
+            constraints: rare.map_or(PLAIN, |rare| rare.constraints),
         })
     }
 }
@@ -918,6 +926,27 @@ mod tests {
         KeyName::parse(text).unwrap()
     }
 
+    const BOOT: Duration = Duration::from_secs(100);
+
+    fn add(
+        ring: &mut Keyring,
+        text: &str,
+        import: Option<&[u8; KEY_LEN]>,
+        keys_max: usize,
+        random: &mut impl Random,
+    ) -> Result<KeySummary, KeyringError> {
+        ring.add(&permit(), name(text), import, PLAIN, keys_max, BOOT, 5, random)
+    }
+
+    fn add_with(ring: &mut Keyring, text: &str, constraints: Constraints) -> KeySummary {
+        ring.add(&permit(), name(text), None, constraints, 1000, BOOT, 5, &mut KernelRandom).unwrap()
+    }
+
+    fn use_key(ring: &mut Keyring, id: KeyId, version: KeyVersion) -> Result<(), KeyringError> {
+        let key = ring.find(&permit(), Selector::Id(id))?;
+        ring.with_key(&permit(), &key, version, |_| ())
+    }
+
     #[test]
     fn a_record_with_a_name_of_16_bytes_takes_at_most_160_bytes_with_both_indexes() {
         // A hash table is at least 7/16 full: 4 bytes of slot and 1 of control for each place.
@@ -934,9 +963,8 @@ mod tests {
         for n in 0..300u64 {
             let mut key = [1; KEY_LEN];
             key[..8].copy_from_slice(&n.to_le_bytes());
-            let row =
-                ring.add(&permit(), name(&format!("key/{n}")), Some(&key), 1000, 5, &mut random).unwrap();
-            ring.with_key(&permit(), &row.id, row.primary, |_| ()).unwrap();
+            let row = add(&mut ring, &format!("key/{n}"), Some(&key), 1000, &mut random).unwrap();
+            use_key(&mut ring, row.id, row.primary).unwrap();
             before.push((row.name.clone(), row.id, row.check_value));
         }
         let right = Secret::from_slice(&[7; KEY_LEN]).unwrap();
@@ -958,7 +986,7 @@ mod tests {
         let mut ring = keyring();
         let mut random = KernelRandom;
         for n in 0..600 {
-            ring.add(&permit(), name(&format!("k{n}")), None, 1000, 0, &mut random).unwrap();
+            add(&mut ring, &format!("k{n}"), None, 1000, &mut random).unwrap();
         }
         for n in (0..600).step_by(3) {
             ring.remove(&permit(), Selector::Name(name(&format!("k{n}")))).unwrap();
@@ -981,7 +1009,7 @@ mod tests {
             State::Locked(_) => 0,
         };
         let before = slots(&ring);
-        ring.add(&permit(), name("again"), None, 1000, 0, &mut random).unwrap();
+        add(&mut ring, "again", None, 1000, &mut random).unwrap();
         assert_eq!(slots(&ring), before);
     }
 
@@ -989,11 +1017,11 @@ mod tests {
     fn a_full_keyring_a_taken_name_and_an_unknown_version_are_told_apart() {
         let mut ring = keyring();
         let mut random = KernelRandom;
-        let row = ring.add(&permit(), name("a"), None, 1, 0, &mut random).unwrap();
-        assert!(matches!(ring.add(&permit(), name("a"), None, 2, 0, &mut random), Err(KeyringError::Exists)));
-        assert!(matches!(ring.add(&permit(), name("b"), None, 1, 0, &mut random), Err(KeyringError::Full)));
+        let row = add(&mut ring, "a", None, 1, &mut random).unwrap();
+        assert!(matches!(add(&mut ring, "a", None, 2, &mut random), Err(KeyringError::Exists)));
+        assert!(matches!(add(&mut ring, "b", None, 1, &mut random), Err(KeyringError::Full)));
         let version = KeyVersion::new(2).unwrap();
-        assert!(matches!(ring.with_key(&permit(), &row.id, version, |_| ()), Err(KeyringError::NotFound)));
+        assert!(matches!(use_key(&mut ring, row.id, version), Err(KeyringError::NotFound)));
     }
 
     #[test]
@@ -1005,12 +1033,130 @@ mod tests {
             }
         }
         let mut ring = keyring();
-        assert!(matches!(
-            ring.add(&permit(), name("a"), None, 9, 0, &mut Broken),
-            Err(KeyringError::Crypto(_))
-        ));
+        assert!(matches!(add(&mut ring, "a", None, 9, &mut Broken), Err(KeyringError::Crypto(_))));
         let key = Secret::zeroed();
         assert!(ring.lock(&permit(), &key, [0; LOCK_SALT_LEN], &mut Broken).is_err());
         assert!(!ring.is_locked() && ring.is_empty());
+    }
+
+    #[test]
+    fn older_versions_constraints_and_deadlines_come_back_from_a_lock() {
+        let mut ring = keyring();
+        let constraints = Constraints {
+            lifetime: Some(Duration::from_secs(50)),
+            max_uses: NonZeroU64::new(7),
+            exportable: true,
+            ..PLAIN
+        };
+        let id = add_with(&mut ring, "a", constraints).id;
+        let key = Selector::Id(id);
+        for version in 2..=300 {
+            let row = ring.rotate(&permit(), key, 1000, u64::from(version), &mut KernelRandom).unwrap();
+            assert_eq!(row.primary.value(), version);
+        }
+        use_key(&mut ring, id, KeyVersion::new(17).unwrap()).unwrap();
+        let seen = |ring: &mut Keyring| {
+            let row = ring.describe(&permit(), key).unwrap();
+            let (first, more) = ring.versions_after(&permit(), key, 0).unwrap();
+            let (rest, end) = ring.versions_after(&permit(), key, 256).unwrap();
+            assert!(more && !end && first.len() == 256 && rest.len() == 44);
+            let versions: Vec<_> = first
+                .iter()
+                .chain(&rest)
+                .map(|v| (v.version.value(), v.check_value, v.created, v.uses))
+                .collect();
+            (row.constraints, row.expires, row.versions, row.uses, row.created, versions)
+        };
+        let before = seen(&mut ring);
+        assert_eq!((before.1, before.2, before.3, before.4), (Some(Duration::from_secs(150)), 300, 1, 5));
+        let passphrase = Secret::from_slice(&[7; KEY_LEN]).unwrap();
+        ring.lock(&permit(), &passphrase, [1; LOCK_SALT_LEN], &mut KernelRandom).unwrap();
+        assert_eq!(ring.next_deadline(), Some(Duration::from_secs(150)));
+        ring.unlock(&permit(), &passphrase, &mut KernelRandom).unwrap();
+        assert!(seen(&mut ring) == before);
+        assert_eq!(ring.versions(), 300);
+    }
+
+    #[test]
+    fn a_key_goes_at_its_deadline_and_not_before_locked_or_not() {
+        for locked in [false, true] {
+            let mut ring = keyring();
+            for (text, lifetime) in [("a", 10), ("b", 10), ("c", 20)] {
+                let lifetime = Some(Duration::from_secs(lifetime));
+                add_with(&mut ring, text, Constraints { lifetime, ..PLAIN });
+            }
+            add_with(&mut ring, "stays", Constraints { lifetime: Some(Duration::MAX), ..PLAIN });
+            ring.remove(&permit(), Selector::Name(name("b"))).unwrap();
+            let passphrase = Secret::from_slice(&[7; KEY_LEN]).unwrap();
+            if locked {
+                ring.lock(&permit(), &passphrase, [1; LOCK_SALT_LEN], &mut KernelRandom).unwrap();
+            }
+            let nearly = BOOT + Duration::from_secs(10) - Duration::from_nanos(1);
+            assert!(ring.expire(nearly).is_empty() && ring.len() == 3);
+            assert_eq!(ring.expire(BOOT + Duration::from_secs(10)).len(), usize::from(!locked));
+            assert_eq!((ring.len(), ring.next_deadline()), (2, Some(BOOT + Duration::from_secs(20))));
+            ring.expire(BOOT + Duration::from_secs(20));
+            assert_eq!((ring.len(), ring.next_deadline()), (1, None));
+            if locked {
+                ring.unlock(&permit(), &passphrase, &mut KernelRandom).unwrap();
+            }
+            assert!(ring.describe(&permit(), Selector::Name(name("stays"))).is_ok());
+            assert!(ring.describe(&permit(), Selector::Name(name("a"))).is_err());
+        }
+    }
+
+    #[test]
+    fn uses_are_exact_and_a_refused_one_does_not_count() {
+        let mut ring = keyring();
+        let max_uses = NonZeroU64::new(3);
+        let row = add_with(&mut ring, "a", Constraints { max_uses, ..PLAIN });
+        let key = ring.find(&permit(), Selector::Id(row.id)).unwrap();
+        let both = |ring: &mut Keyring| {
+            ring.with_keys(&permit(), (&key, row.primary), (&key, row.primary), |_, _| ())
+        };
+        both(&mut ring).unwrap();
+        assert!(matches!(both(&mut ring), Err(KeyringError::UsedUp)));
+        ring.rotate(&permit(), Selector::Id(row.id), 9, 0, &mut KernelRandom).unwrap();
+        use_key(&mut ring, row.id, row.primary).unwrap();
+        assert!(matches!(use_key(&mut ring, row.id, row.primary), Err(KeyringError::UsedUp)));
+        assert!(matches!(
+            use_key(&mut ring, row.id, KeyVersion::new(9).unwrap()),
+            Err(KeyringError::NotFound)
+        ));
+        assert_eq!(ring.describe(&permit(), Selector::Id(row.id)).unwrap().uses, 3);
+        let asked = add_with(&mut ring, "b", Constraints { confirm: true, exportable: true, ..PLAIN });
+        assert!(matches!(use_key(&mut ring, asked.id, asked.primary), Err(KeyringError::Unconfirmed)));
+        let found = ring.find(&permit(), Selector::Id(asked.id)).unwrap();
+        assert!(ring.export(&permit(), &found, asked.primary, |_| ()).is_err());
+    }
+
+    #[test]
+    fn a_rename_keeps_the_key_and_frees_its_name() {
+        let mut ring = keyring();
+        let row = add(&mut ring, "a", None, 9, &mut KernelRandom).unwrap();
+        add(&mut ring, "b", None, 9, &mut KernelRandom).unwrap();
+        let mut rename = |from: &str, to: &str| {
+            ring.rename(&permit(), Selector::Name(name(from)), name(to)).map(|id| id == row.id)
+        };
+        assert!(matches!(rename("a", "b"), Err(KeyringError::Exists)));
+        assert!(rename("a", "a").unwrap());
+        assert!(rename("a", "c").unwrap());
+        assert!(matches!(rename("a", "d"), Err(KeyringError::NotFound)));
+        assert!(ring.describe(&permit(), Selector::Name(name("c"))).unwrap().id == row.id);
+        assert_eq!(ring.remove_all(&permit()).unwrap(), 2);
+        assert!(ring.is_empty() && ring.describe(&permit(), Selector::Name(name("c"))).is_err());
+    }
+
+    #[test]
+    fn a_passphrase_is_checked_after_the_unlock_too() {
+        let mut ring = keyring();
+        let right = Secret::from_slice(&[7; KEY_LEN]).unwrap();
+        let wrong = Secret::from_slice(&[8; KEY_LEN]).unwrap();
+        assert!(ring.lock_salt().is_none());
+        ring.lock(&permit(), &right, [1; LOCK_SALT_LEN], &mut KernelRandom).unwrap();
+        ring.unlock(&permit(), &right, &mut KernelRandom).unwrap();
+        assert_eq!(ring.lock_salt(), Some([1; LOCK_SALT_LEN]));
+        assert!(ring.check_passphrase(&permit(), &right).is_ok());
+        assert!(matches!(ring.check_passphrase(&permit(), &wrong), Err(KeyringError::WrongPassphrase)));
     }
 }

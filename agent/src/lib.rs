@@ -4,8 +4,10 @@
 //! memory, runtime, ready. See `docs/architecture.md`. No secret exists before the last fork.
 
 mod args;
+pub mod audit;
 pub mod authorize;
 pub mod config;
+pub mod constraints;
 pub mod core;
 pub mod crypto;
 mod error;
@@ -35,6 +37,7 @@ use tracing_subscriber::{layer::SubscriberExt, reload, util::SubscriberInitExt};
 
 use crate::{
     args::Args,
+    audit::LogAudit,
     config::Config,
     core::Core,
     crypto::KernelRandom,
@@ -127,8 +130,8 @@ fn serve(
         tracing::info!(%backing, "keys are shielded");
     }
     let mut limits = config.limits;
-    limits.memory_only = args.memory;
-    let core = Core::new(getuid().as_raw(), keyring, limits, random, now());
+    (limits.memory_only, limits.lifetime) = (args.memory, args.lifetime);
+    let core = Core::new(getuid().as_raw(), keyring, limits, random, LogAudit, now());
     let server = Rc::new(Server::new(core, config.secret_memory)?);
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(StartError::Runtime)?;
@@ -142,7 +145,7 @@ fn serve(
 
 async fn run(
     args: &Args,
-    server: Rc<Server<KernelRandom>>,
+    server: Rc<Server<KernelRandom, LogAudit>>,
     socket: &AgentSocket,
     ready: Ready,
     until: Option<std::os::fd::OwnedFd>,
@@ -180,13 +183,13 @@ async fn run(
 }
 
 /// Reads the configuration again; a bad file leaves the old one in force.
-fn reload_configuration(args: &Args, server: &Server<KernelRandom>, log: &LogLevel) {
+fn reload_configuration(args: &Args, server: &Server<KernelRandom, LogAudit>, log: &LogLevel) {
     match args.config() {
         Ok(config) => {
             let level = log_level(args, &config);
             let mut core = server.core().borrow_mut();
-            let memory_only = core.limits().memory_only;
-            core.set_limits(config::Limits { memory_only, ..config.limits });
+            let (memory_only, lifetime) = (core.limits().memory_only, core.limits().lifetime);
+            core.set_limits(config::Limits { memory_only, lifetime, ..config.limits });
             if let Err(error) = log.reload(level) {
                 tracing::warn!(%error, "the level of the log stays");
             }

@@ -43,7 +43,12 @@ impl Replies {
     /// # Errors
     /// No locked memory.
     pub fn new(memory: Policy) -> Result<Self, RegionError> {
-        Ok(Self { buffer: LockedBuffer::new(IDLE_LEN, memory)?, filled: 0, frame_max: FRAME_MAX, ceiling: None })
+        Ok(Self {
+            buffer: LockedBuffer::new(IDLE_LEN, memory)?,
+            filled: 0,
+            frame_max: FRAME_MAX,
+            ceiling: None,
+        })
     }
 
     /// The bytes to be sent.

@@ -29,6 +29,7 @@ use tokio::{
 };
 
 use crate::{
+    audit::Audit,
     authorize::Peer,
     core::{Core, Now, Outcome, Session, Surroundings, Ticket},
     crypto::{Derivation, Random},
@@ -184,8 +185,8 @@ struct Shared {
 }
 
 /// The agent with its sockets.
-pub(crate) struct Server<R> {
-    core: RefCell<Core<R>>,
+pub(crate) struct Server<R, A> {
+    core: RefCell<Core<R, A>>,
     shared: RefCell<Shared>,
     memory: Policy,
     pool: Rc<FramePool>,
@@ -203,8 +204,8 @@ pub(crate) fn now() -> Now {
     Now { boot, unix: unix.as_secs() }
 }
 
-impl<R: Random + 'static> Server<R> {
-    pub(crate) fn new(core: Core<R>, memory: Policy) -> Result<Self, RegionError> {
+impl<R: Random + 'static, A: Audit + 'static> Server<R, A> {
+    pub(crate) fn new(core: Core<R, A>, memory: Policy) -> Result<Self, RegionError> {
         let shared = Shared { input: LockedBuffer::new(READ_LEN, memory)?, replies: Replies::new(memory)? };
         Ok(Self {
             core: RefCell::new(core),
@@ -219,7 +220,7 @@ impl<R: Random + 'static> Server<R> {
         })
     }
 
-    pub(crate) fn core(&self) -> &RefCell<Core<R>> {
+    pub(crate) fn core(&self) -> &RefCell<Core<R, A>> {
         &self.core
     }
 

@@ -44,7 +44,8 @@ impl Counts {
 
     fn rows(&self) -> Vec<OperationCount> {
         let rows = (0u16..).zip(self.ended.iter());
-        let cells = rows.flat_map(|(opcode, row)| (0u16..).zip(row).map(move |(status, count)| (opcode, status, *count)));
+        let cells = rows
+            .flat_map(|(opcode, row)| (0u16..).zip(row).map(move |(status, count)| (opcode, status, *count)));
         cells
             .filter(|(_, _, count)| *count > 0)
             .map(|(opcode, status, count)| OperationCount { opcode, status, count })

@@ -4,14 +4,14 @@
 //! does not leave lies in the locked memory behind its reply, and is wiped with it.
 
 use kms_envelope::{
-    ContextRef, DIGEST_LEN, Header, INPUT_TAG_LEN, KEY_LEN, KeyId, KeyVersion, MESSAGE_MAX, MessageKey, Purpose,
-    REWRAP_LEN, SALT_LEN, STREAM_HEAD_LEN, check_tag, make_tag, message_len, message_plaintext_len, new_stream,
-    open_message, open_stream, rewrap_stream, seal_message,
+    ContextRef, DIGEST_LEN, Header, INPUT_TAG_LEN, KEY_LEN, KeyId, MESSAGE_MAX, MessageKey, Purpose,
+    REWRAP_LEN, SALT_LEN, STREAM_HEAD_LEN, check_tag, make_tag, message_len, message_plaintext_len,
+    new_stream, open_message, open_stream, rewrap_stream, seal_message,
 };
-use kms_protocol::{DATA_KEY_MAX, KeyName, NoFields, RANDOM_MAX, Rewrapped, Status, Verified};
+use kms_protocol::{DATA_KEY_MAX, NoFields, RANDOM_MAX, Rewrapped, Status, Verified};
 use zeroize::Zeroize;
 
-use super::{Core, push, refusal::Refused};
+use super::{Core, refusal::Refused};
 use crate::{
     audit::Audit,
     authorize::Permit,
@@ -227,7 +227,7 @@ impl<R: Random, A: Audit> Core<R, A> {
         let is_stream = header.purpose == Purpose::Stream;
         //= docs/protocol.md#429-rewrap
         //# another context than none with a stream is `malformed`.
-        if is_stream && context.as_bytes() != ContextRef::NONE.as_bytes() {
+        if is_stream && context.as_bytes() != ContextRef::EMPTY.as_bytes() {
             return Err(Status::Malformed.into());
         }
         let prefix = ciphertext.first_chunk::<REWRAP_LEN>().filter(|_| ciphertext.len() == REWRAP_LEN);
@@ -251,21 +251,20 @@ impl<R: Random, A: Audit> Core<R, A> {
         //= docs/protocol.md#429-rewrap
         //# The agent MUST open the ciphertext in any case, also when there is nothing to change.
         replies.push_beside(request_id, &reply, payload_len, plaintext_len, |out, plaintext| {
-            keyring
-                .with_keys(permit, from, into, |key, new_key| {
-                    if let (true, Some(prefix)) = (is_stream, prefix) {
-                        let moved = rewrap_stream(key, prefix, new_key, &new_header, &salt)?;
-                        if changed {
-                            out.copy_from_slice(&moved);
-                        }
-                        return Ok(());
-                    }
-                    open_message(key, ciphertext, header.purpose, context, plaintext)?;
+            keyring.with_keys(permit, from, into, |key, new_key| {
+                if let (true, Some(prefix)) = (is_stream, prefix) {
+                    let moved = rewrap_stream(key, prefix, new_key, &new_header, &salt)?;
                     if changed {
-                        seal_message(new_key, &new_header, context, &salt, plaintext, out)?;
+                        out.copy_from_slice(&moved);
                     }
-                    Ok(())
-                })?
+                    return Ok(());
+                }
+                open_message(key, ciphertext, header.purpose, context, plaintext)?;
+                if changed {
+                    seal_message(new_key, &new_header, context, &salt, plaintext, out)?;
+                }
+                Ok(())
+            })?
         })?
     }
 
@@ -281,7 +280,8 @@ impl<R: Random, A: Audit> Core<R, A> {
         let context = ContextRef::parse(context)?;
         let header = header_of(ciphertext, &[Purpose::Message, Purpose::WrappedKey, Purpose::Stream])?;
         let is_stream = header.purpose == Purpose::Stream;
-        let head = ciphertext.first_chunk::<STREAM_HEAD_LEN>().filter(|_| ciphertext.len() == STREAM_HEAD_LEN);
+        let head =
+            ciphertext.first_chunk::<STREAM_HEAD_LEN>().filter(|_| ciphertext.len() == STREAM_HEAD_LEN);
         let plaintext_len = match (is_stream, head) {
             (true, Some(_)) => 0,
             (true, None) => return Err(Status::InvalidCiphertext.into()),
