@@ -189,7 +189,7 @@ impl Sender {
         let id = self.next_id();
         let bytes = wire::encode(request, id, self.frame_max)?;
         self.send_bytes(bytes.expose_secret())?;
-        Ok((wire::operation(request), id))
+        Ok((request.opcode(), id))
     }
 
     /// Sends a whole frame. A peer that does not take it within the limit is given up.
