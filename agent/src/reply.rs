@@ -160,6 +160,13 @@ impl Replies {
         self.ceiling = Some(batch.start.saturating_add(self.frame_max).saturating_sub(free));
     }
 
+    /// Takes back all of the reply to a batch.
+    pub(crate) fn cancel_batch(&mut self, batch: Batch) {
+        self.ceiling = None;
+        self.buffer.wipe_range(batch.start..self.filled);
+        self.filled = batch.start;
+    }
+
     /// Ends the reply to a batch.
     pub(crate) fn end_batch(&mut self, batch: Batch, request_id: u32) -> Result<(), ReplyError> {
         self.ceiling = None;

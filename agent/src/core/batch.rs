@@ -6,8 +6,8 @@
 use kms_protocol::{BATCH_ITEMS_MAX, FRAME_HEAD_LEN, Frame, Opcode, Request, Status};
 
 use super::{
-    Core, Now, Session, Surroundings,
-    refusal::{Refused, refuse},
+    Core, Now, Outcome, Session, Surroundings,
+    refusal::{AGAIN, Refused, refuse},
 };
 use crate::{audit::Audit, authorize::Permit, crypto::Random, reply::Replies};
 
@@ -107,7 +107,12 @@ impl<R: Random, A: Audit> Core<R, A> {
             let status = match self.item(session, opcode, &item, now, around, replies) {
                 Ok(()) => Status::Ok,
                 Err(refused) => {
-                    refuse(item.head.request_id, &refused, replies);
+                    let written = refuse(item.head.request_id, &refused, replies);
+                    if !matches!(written, Outcome::Continue) {
+                        // No memory even for that: an answer with a gap would be read as another item's.
+                        replies.cancel_batch(batch);
+                        return Err(Refused::busy(AGAIN));
+                    }
                     refused.status
                 }
             };

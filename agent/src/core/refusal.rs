@@ -12,6 +12,9 @@ use crate::{
     reply::{Replies, ReplyError},
 };
 
+/// When to ask again where locked memory was short: other replies give theirs back as soon as they are sent.
+pub(super) const AGAIN: Duration = Duration::from_millis(100);
+
 /// Why a request is refused.
 pub(super) struct Refused {
     pub(super) status: Status,
@@ -61,10 +64,9 @@ impl From<RandomUnavailable> for Refused {
 impl From<ReplyError> for Refused {
     fn from(error: ReplyError) -> Self {
         match error {
-            // Other replies give their memory back as soon as they are sent.
             ReplyError::Memory(error) => {
                 tracing::warn!(%error, "no locked memory for a reply");
-                Self::busy(Duration::from_millis(100))
+                Self::busy(AGAIN)
             }
             ReplyError::Frame(_) => Status::TooLarge.into(),
         }
