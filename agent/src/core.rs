@@ -41,7 +41,7 @@ use crate::{
 };
 
 /// Requests that a client may have without an answer. Beyond it nothing breaks: the agent stops reading.
-const IN_FLIGHT_MAX: u32 = 256;
+pub(crate) const IN_FLIGHT_MAX: u32 = 256;
 
 /// When a request came.
 #[derive(Clone, Copy, Debug)]
