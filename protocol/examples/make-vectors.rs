@@ -1158,12 +1158,12 @@ fn bad_replies(folder: &mut Folder) -> Outcome {
             with(&listed, memory_only, &[2])?,
         ),
         (
-            "state-1",
-            "Tag 1 of KeyState, reserved.",
+            "state-5",
+            "Tag 5 of KeyState.",
             Opcode::List,
             Status::Ok,
             "enumeration tag",
-            with(&listed, state, &[1])?,
+            with(&listed, state, &[5])?,
         ),
         (
             "option-2",

@@ -260,15 +260,34 @@ mirror_tags! {
     LockState { Unlocked, Locked }
 }
 
+/// The mirror of [`KeyState`].
+#[derive(Debug, PartialEq, SchemaRead, SchemaWrite)]
+enum KeyStateMirror {
+    Enabled,
+    Staged,
+    Disabled,
+    Removed,
+    Destroyed,
+}
+
 impl Mirror for KeyState {
-    /// There is no `Infallible` in `wincode`: this mirror takes a tag too many.
-    type As = Result<(), ()>;
-    fn random(_: &mut Seeded) -> Self {
-        Self::Enabled
+    type As = KeyStateMirror;
+    fn random(seeded: &mut Seeded) -> Self {
+        match seeded.below(5) {
+            0 => Self::Enabled,
+            1 => Self::Staged,
+            2 => Self::Disabled,
+            3 => Self::Removed,
+            _ => Self::Destroyed,
+        }
     }
     fn mirror(&self) -> Self::As {
         match self {
-            Self::Enabled => Ok(()),
+            Self::Enabled => KeyStateMirror::Enabled,
+            Self::Staged => KeyStateMirror::Staged,
+            Self::Disabled => KeyStateMirror::Disabled,
+            Self::Removed => KeyStateMirror::Removed,
+            Self::Destroyed => KeyStateMirror::Destroyed,
         }
     }
 }
