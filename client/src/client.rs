@@ -573,8 +573,9 @@ impl Client {
     /// Ends the connection over answers that make no sense together.
     pub(crate) fn disbelieve(&mut self, error: ReplyError) -> Error {
         //= docs/protocol.md#22-limits-and-what-ends-a-connection
-        //# A client that receives a frame that it cannot decode, a request id that it is not waiting for, or a payload where none belongs MUST end the
-        //# connection, and MUST NOT use any part of that reply.
+        //# A client that receives a frame that it cannot decode, a request id that it is not waiting for, a payload
+        //# where none belongs, or one of another length
+        //# than section 4 gives it MUST end the connection, and MUST NOT use any part of that reply.
         self.connection.break_off();
         error.into()
     }

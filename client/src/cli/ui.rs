@@ -236,7 +236,9 @@ fn advice(operation: Option<Opcode>, status: Status) -> Option<Advice> {
         (_, Status::Limit) => {
             ("a limit of the agent is reached", "the limits stand in the agent's config.toml, under limits")
         }
-        (_, Status::Declined) => ("a person was asked and said no", "ask again when that person expects it"),
+        (_, Status::Declined) => {
+            ("this use needs a person's yes, and there was none", "ask again when that person expects it")
+        }
         (_, Status::Busy) => ("the agent is busy", "try again in a moment"),
         (_, Status::AuditUnavailable) => {
             ("the agent cannot write its audit log", "make room on that disk, then try again")
