@@ -1,25 +1,27 @@
 //! The blocking client: one connection, one request at a time (`docs/protocol.md`, sections 4 and 5).
 //!
-//! Owns what each operation sends and what its reply must look like. Keys and plaintext arrive in memory that is wiped.
+//! Owns the way of a request to its answer; what is sent and what is taken for an answer is in `operations`. Keys and plaintext
+//! arrive in memory that is wiped.
 
 use std::{
     collections::VecDeque,
+    num::NonZeroU64,
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use kms_envelope::{Body, ContextRef, KEY_LEN, MESSAGE_MAX, MessageKey, NONCE_LEN, STREAM_HEAD_LEN};
+use kms_envelope::{ContextRef, KEY_LEN, STREAM_HEAD_LEN};
 use kms_protocol::{
-    Add, Added, Constraint, Describe, Description, KeyAndContext, KeyRef, KeyRow, List, Listed, LockState,
-    Locking, Material, PASSPHRASE_MAX, Remove, Removed, Request, StatusReply, TOKEN_LEN, Welcome, constraint,
-    decode_fields,
+    Added, Bound, Description, Exported, KeyRef, KeyRow, Listed, LockState, Opcode, Removed, RemovedAll,
+    Renamed, Rotated, StatsReply, StatusReply, Verified, Welcome,
 };
-use kms_secret_memory::{Secret, SecretVec, zeroize_stack};
+use kms_secret_memory::{Secret, SecretVec};
 
 use crate::{
-    connection::{Call, Connection},
+    connection::Connection,
     error::{Error, ReplyError},
     locate::{Surroundings, Trust, find},
+    operations::{self, DIGEST_LEN, DataKey, MAC_LEN, Moved, Operation},
     remote::{RemoteOpening, RemoteSealing},
     stream::{LocalOpening, LocalSealing},
 };
@@ -27,14 +29,11 @@ use crate::{
 /// How long an answer may take.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
-/// How long `lock` and `unlock` may take: the passphrase goes through a function that is slow on purpose.
+/// How long an answer may take for which the agent has to put a passphrase through a function that is slow on purpose.
 const PASSPHRASE_ANSWER_LIMIT: Duration = Duration::from_secs(120);
 
 /// Rows that one listing or description may have: an agent's ceiling is a million keys, and pages that never end must end.
 const ROWS_MAX: u64 = 1 << 24;
-
-/// Stack that an operation on a message key may have used, in bytes.
-const STACK_USED: usize = 8192;
 
 /// How the agent is found and how long it is waited for.
 #[derive(Clone, Debug)]
@@ -115,9 +114,7 @@ impl Client {
     /// # Errors
     /// As every operation: [`Error::Refused`], or a failure of the connection.
     pub fn ping(&mut self) -> Result<(), Error> {
-        let call = self.call(&Request::Ping)?;
-        let kms_protocol::NoFields {} = call.accept()?.fields(decode_fields)?;
-        Ok(())
+        self.run(&operations::ping())
     }
 
     /// The state of the agent.
@@ -125,25 +122,23 @@ impl Client {
     /// # Errors
     /// As [`ping`](Self::ping).
     pub fn status(&mut self) -> Result<StatusReply, Error> {
-        Ok(self.call(&Request::Status)?.accept()?.fields(decode_fields)?)
+        self.run(&operations::status())
+    }
+
+    /// Counters since the start of the agent.
+    ///
+    /// # Errors
+    /// As [`ping`](Self::ping).
+    pub fn stats(&mut self) -> Result<StatsReply, Error> {
+        self.run(&operations::stats())
     }
 
     /// Makes or imports a key.
     ///
     /// # Errors
-    /// As [`ping`](Self::ping); [`Error::Random`].
+    /// As [`ping`](Self::ping); `exists` for a name that is taken; [`Error::Random`].
     pub fn add(&mut self, key: &NewKey<'_>) -> Result<Added, Error> {
-        let constraints = match key.memory_only {
-            true => vec![Constraint { kind: constraint::MEMORY_ONLY, value: 0 }],
-            false => Vec::new(),
-        };
-        let (material, bytes) = match key.import {
-            Some(secret) => (Material::Import, secret.expose_secret().as_slice()),
-            None => (Material::Generate, [].as_slice()),
-        };
-        let fields =
-            Add { token: token()?, name: key.name, material, if_missing: key.if_missing, constraints };
-        Ok(self.call(&Request::Add { fields, material: bytes })?.accept()?.fields(decode_fields)?)
+        self.run(&operations::add(key)?)
     }
 
     /// Every key, page by page.
@@ -157,13 +152,13 @@ impl Client {
     /// # Errors
     /// As [`ping`](Self::ping).
     pub fn describe(&mut self, key: KeyRef<'_>) -> Result<Description, Error> {
-        let mut whole = self.describe_after(key, 0)?;
+        let mut whole = self.run(&operations::describe(key, 0))?;
         while whole.more {
             let last = whole.versions.last().map_or(0, |row| row.version);
-            let page = self.describe_after(key, last)?;
-            let ascending = page.versions.first().is_some_and(|row| row.version > last);
-            if !ascending || whole.versions.len() as u64 > ROWS_MAX {
-                return Err(ReplyError::Pages.into());
+            // By its id: the name may have gone to another key meanwhile.
+            let page = self.run(&operations::describe(KeyRef::Id(whole.key.id), last))?;
+            if whole.versions.len() as u64 > ROWS_MAX {
+                return Err(self.disbelieve(ReplyError::Pages));
             }
             whole.versions.extend(page.versions);
             whole.more = page.more;
@@ -171,18 +166,50 @@ impl Client {
         Ok(whole)
     }
 
-    fn describe_after(&mut self, key: KeyRef<'_>, versions_after: u32) -> Result<Description, Error> {
-        let call = self.call(&Request::Describe(Describe { key, versions_after }))?;
-        Ok(call.accept()?.fields(decode_fields)?)
-    }
-
     /// Takes a key away.
     ///
     /// # Errors
     /// As [`ping`](Self::ping); [`Error::Random`].
     pub fn remove(&mut self, key: KeyRef<'_>) -> Result<Removed, Error> {
-        let call = self.call(&Request::Remove(Remove { token: token()?, key }))?;
-        Ok(call.accept()?.fields(decode_fields)?)
+        self.run(&operations::remove(key)?)
+    }
+
+    /// Takes every key away that lives in memory only.
+    ///
+    /// # Errors
+    /// As [`ping`](Self::ping); [`Error::Random`].
+    pub fn remove_all(&mut self) -> Result<RemovedAll, Error> {
+        self.run(&operations::remove_all()?)
+    }
+
+    /// Adds a version to a key, under which everything new is done. The older ones open what was made under them.
+    ///
+    /// # Errors
+    /// As [`ping`](Self::ping); `limit` when the agent holds no more versions; [`Error::Random`].
+    pub fn rotate(&mut self, key: KeyRef<'_>) -> Result<Rotated, Error> {
+        self.run(&operations::rotate(key)?)
+    }
+
+    /// Gives a key another name. What was made under it stays.
+    ///
+    /// # Errors
+    /// As [`ping`](Self::ping); `exists` for a name that is taken; [`Error::Random`].
+    pub fn rename(&mut self, key: KeyRef<'_>, name: &str) -> Result<Renamed, Error> {
+        self.run(&operations::rename(key, name)?)
+    }
+
+    /// The bytes of a key that was added to be exportable; without a version, of its primary one. An agent that was locked before
+    /// wants the passphrase of that lock.
+    ///
+    /// # Errors
+    /// As [`ping`](Self::ping); `denied` for a key that is not exportable and for a wrong passphrase; [`Error::TooLong`].
+    pub fn export(
+        &mut self,
+        key: KeyRef<'_>,
+        version: Option<u32>,
+        passphrase: Option<&SecretVec>,
+    ) -> Result<(Exported, Secret<KEY_LEN>), Error> {
+        self.run(&operations::export(key, version, passphrase)?)
     }
 
     /// Seals up to 64 KiB in the agent, as a message.
@@ -195,16 +222,7 @@ impl Client {
         context: ContextRef<'_>,
         plaintext: &[u8],
     ) -> Result<Vec<u8>, Error> {
-        if plaintext.len() > MESSAGE_MAX {
-            return Err(Error::TooLong { what: "message", max: MESSAGE_MAX });
-        }
-        let fields = KeyAndContext { key, context: context.as_bytes() };
-        let call = self.call(&Request::Encrypt { fields, plaintext })?;
-        let sealed = call.accept()?.payload()?;
-        if sealed.len() != kms_envelope::message_len(plaintext.len()) {
-            return Err(ReplyError::Shape.into());
-        }
-        Ok(sealed.to_owned())
+        self.run(&operations::encrypt(key, context, plaintext)?)
     }
 
     /// Opens a message in the agent.
@@ -217,16 +235,130 @@ impl Client {
         context: ContextRef<'_>,
         ciphertext: &[u8],
     ) -> Result<SecretVec, Error> {
-        let len = kms_envelope::message_plaintext_len(ciphertext.len()).ok_or(Error::InvalidCiphertext)?;
-        let fields = KeyAndContext { key, context: context.as_bytes() };
-        let call = self.call(&Request::Decrypt { fields, ciphertext })?;
-        let opened = call.accept()?.payload()?;
-        if opened.len() != len {
-            return Err(ReplyError::Shape.into());
-        }
-        let mut plaintext = SecretVec::with_capacity(len);
-        plaintext.push_slice(opened).map_err(|_| ReplyError::Shape)?;
-        Ok(plaintext)
+        self.run(&operations::decrypt(key, context, ciphertext)?)
+    }
+
+    /// Seals a key of the caller's, 1 byte to 64 KiB of any form.
+    ///
+    /// # Errors
+    /// As [`ping`](Self::ping); [`Error::TooLong`].
+    pub fn wrap(
+        &mut self,
+        key: KeyRef<'_>,
+        context: ContextRef<'_>,
+        plaintext: &[u8],
+    ) -> Result<Vec<u8>, Error> {
+        self.run(&operations::wrap(key, context, plaintext)?)
+    }
+
+    /// Opens a wrapped key, or the wrapped form of a data key.
+    ///
+    /// # Errors
+    /// As [`ping`](Self::ping); [`Error::InvalidCiphertext`] for a length that no wrapped key has.
+    pub fn unwrap(
+        &mut self,
+        key: KeyRef<'_>,
+        context: ContextRef<'_>,
+        ciphertext: &[u8],
+    ) -> Result<SecretVec, Error> {
+        self.run(&operations::unwrap(key, context, ciphertext)?)
+    }
+
+    /// A new data key of 1 to 1,024 bytes, plain and wrapped.
+    ///
+    /// # Errors
+    /// As [`ping`](Self::ping); [`Error::TooLong`].
+    pub fn data_key(
+        &mut self,
+        key: KeyRef<'_>,
+        context: ContextRef<'_>,
+        length: u32,
+    ) -> Result<DataKey, Error> {
+        self.run(&operations::data_key(key, context, length)?)
+    }
+
+    /// A new data key of 1 to 1,024 bytes, wrapped only: nobody sees it before it is unwrapped.
+    ///
+    /// # Errors
+    /// As [`ping`](Self::ping); [`Error::TooLong`].
+    pub fn data_key_wrapped(
+        &mut self,
+        key: KeyRef<'_>,
+        context: ContextRef<'_>,
+        length: u32,
+    ) -> Result<Vec<u8>, Error> {
+        self.run(&operations::data_key_wrapped(key, context, length)?)
+    }
+
+    /// Moves a message, a wrapped key, or a stream by its first 132 bytes, to the primary version of its key or of the key `to`.
+    /// The content stays in the agent. A stream is moved with an empty context.
+    ///
+    /// # Errors
+    /// As [`ping`](Self::ping).
+    pub fn rewrap(
+        &mut self,
+        key: KeyRef<'_>,
+        context: ContextRef<'_>,
+        ciphertext: &[u8],
+        to: Option<KeyRef<'_>>,
+    ) -> Result<Moved, Error> {
+        self.run(&operations::rewrap(key, context, ciphertext, to))
+    }
+
+    /// Whether a message, a wrapped key, or a stream by its head of 188 bytes, opens; its content does not come back.
+    ///
+    /// # Errors
+    /// As [`ping`](Self::ping); `invalid-ciphertext` when it does not.
+    pub fn verify(
+        &mut self,
+        key: KeyRef<'_>,
+        context: ContextRef<'_>,
+        ciphertext: &[u8],
+    ) -> Result<Verified, Error> {
+        self.run(&operations::verify(key, context, ciphertext))
+    }
+
+    /// The tag of an input, by its SHA-512.
+    ///
+    /// # Errors
+    /// As [`ping`](Self::ping).
+    pub fn mac(
+        &mut self,
+        key: KeyRef<'_>,
+        context: ContextRef<'_>,
+        digest: &[u8; DIGEST_LEN],
+    ) -> Result<[u8; MAC_LEN], Error> {
+        self.run(&operations::mac(key, context, digest))
+    }
+
+    /// Whether a tag is that of the input with this SHA-512.
+    ///
+    /// # Errors
+    /// As [`ping`](Self::ping); `invalid-ciphertext` when it is not.
+    pub fn mac_verify(
+        &mut self,
+        key: KeyRef<'_>,
+        context: ContextRef<'_>,
+        tag: &[u8; MAC_LEN],
+        digest: &[u8; DIGEST_LEN],
+    ) -> Result<(), Error> {
+        self.run(&operations::mac_verify(key, context, &operations::tagged(tag, digest)))
+    }
+
+    /// Up to 64 KiB of the machine's random bytes.
+    ///
+    /// # Errors
+    /// As [`ping`](Self::ping); [`Error::TooLong`].
+    pub fn random(&mut self, length: u32) -> Result<SecretVec, Error> {
+        self.run(&operations::random(length)?)
+    }
+
+    /// Gives a key a number on this connection, [`KeyRef::Bound`], which is shorter than a name and spares the agent the search.
+    ///
+    /// # Errors
+    /// As [`ping`](Self::ping); `limit` for the 1,025th number.
+    pub fn bind(&mut self, number: u32, key: KeyRef<'_>) -> Result<Bound, Error> {
+        self.run(&operations::bind(number, key))
     }
 
     /// A new stream, whose data stays in this process.
@@ -234,12 +366,7 @@ impl Client {
     /// # Errors
     /// As [`ping`](Self::ping).
     pub fn stream_new(&mut self, key: KeyRef<'_>, context: ContextRef<'_>) -> Result<LocalSealing, Error> {
-        let call = self.call(&Request::StreamNew(KeyAndContext { key, context: context.as_bytes() }))?;
-        let payload = call.accept()?.payload()?;
-        let (head, secrets) = payload.split_first_chunk::<STREAM_HEAD_LEN>().ok_or(ReplyError::Shape)?;
-        let sealing = LocalSealing::new(*head, body(secrets)?);
-        zeroize_stack::<STACK_USED>();
-        Ok(sealing)
+        self.run(&operations::stream_new(key, context))
     }
 
     /// Opens a stream, whose data stays in this process. Both commitments were checked when this returns.
@@ -252,11 +379,7 @@ impl Client {
         context: ContextRef<'_>,
         head: &[u8; STREAM_HEAD_LEN],
     ) -> Result<LocalOpening, Error> {
-        let fields = KeyAndContext { key, context: context.as_bytes() };
-        let call = self.call(&Request::StreamOpen { fields, head })?;
-        let opening = LocalOpening::new(body(call.accept()?.payload()?)?);
-        zeroize_stack::<STACK_USED>();
-        Ok(opening)
+        self.run(&operations::stream_open(key, context, head))
     }
 
     /// A new stream, whose data goes through the agent.
@@ -268,10 +391,7 @@ impl Client {
         key: KeyRef<'_>,
         context: ContextRef<'_>,
     ) -> Result<RemoteSealing<'_>, Error> {
-        let call =
-            self.call(&Request::RemoteStreamNew(KeyAndContext { key, context: context.as_bytes() }))?;
-        let (kms_protocol::RemoteStream { stream }, head) = call.accept()?.parts(decode_fields)?;
-        let head: [u8; STREAM_HEAD_LEN] = head.try_into().map_err(|_| ReplyError::Shape)?;
+        let (stream, head) = self.run(&operations::remote_stream_new(key, context))?;
         Ok(RemoteSealing::new(self, stream, head))
     }
 
@@ -285,9 +405,7 @@ impl Client {
         context: ContextRef<'_>,
         head: &[u8; STREAM_HEAD_LEN],
     ) -> Result<RemoteOpening<'_>, Error> {
-        let fields = KeyAndContext { key, context: context.as_bytes() };
-        let call = self.call(&Request::RemoteStreamOpen { fields, head })?;
-        let kms_protocol::RemoteStream { stream } = call.accept()?.fields(decode_fields)?;
+        let stream = self.run(&operations::remote_stream_open(key, context, head))?;
         Ok(RemoteOpening::new(self, stream))
     }
 
@@ -296,7 +414,7 @@ impl Client {
     /// # Errors
     /// As [`ping`](Self::ping); [`Error::TooLong`].
     pub fn lock(&mut self, passphrase: &SecretVec) -> Result<bool, Error> {
-        self.change_lock(&Request::Lock { passphrase: checked(passphrase)? })
+        self.run(&operations::lock(passphrase)?)
     }
 
     /// Ends the lock. False: it was not locked.
@@ -304,14 +422,15 @@ impl Client {
     /// # Errors
     /// As [`ping`](Self::ping); `denied` for a wrong passphrase; [`Error::TooLong`].
     pub fn unlock(&mut self, passphrase: &SecretVec) -> Result<bool, Error> {
-        self.change_lock(&Request::Unlock { passphrase: checked(passphrase)? })
+        self.run(&operations::unlock(passphrase)?)
     }
 
-    fn change_lock(&mut self, request: &Request<'_>) -> Result<bool, Error> {
-        let limit = self.timeout.max(PASSPHRASE_ANSWER_LIMIT);
-        let call = self.connection.call(request, limit)?;
-        let Locking { changed } = call.accept()?.fields(decode_fields)?;
-        Ok(changed)
+    /// Whether the agent is locked.
+    ///
+    /// # Errors
+    /// As [`ping`](Self::ping).
+    pub fn is_locked(&mut self) -> Result<bool, Error> {
+        Ok(self.status()?.state == LockState::Locked)
     }
 
     /// Waits until the agent's time to ask again has come. Fails when the agent goes away meanwhile.
@@ -322,20 +441,41 @@ impl Client {
         self.connection.wait(time)
     }
 
-    pub(crate) fn call(&mut self, request: &Request<'_>) -> Result<Call, Error> {
-        self.connection.call(request, self.timeout)
+    /// Sends a request and takes what was asked for out of its reply.
+    pub(crate) fn run<T>(&mut self, operation: &Operation<'_, T>) -> Result<T, Error> {
+        let limit = match operation.request.opcode() {
+            Opcode::Lock | Opcode::Unlock | Opcode::Export => self.timeout.max(PASSPHRASE_ANSWER_LIMIT),
+            _ => self.timeout,
+        };
+        let call = self.connection.call(&operation.request, limit)?;
+        let done = call.accept().and_then(|reply| Ok((operation.read)(reply, &operation.expect)?));
+        //= docs/protocol.md#22-limits-and-what-ends-a-connection
+        //# A client that receives a frame that it cannot decode, a request id that it is not waiting for, or a payload where none belongs MUST end the
+        //# connection, and MUST NOT use any part of that reply.
+        done.inspect_err(|error| {
+            if matches!(error, Error::Reply(_)) {
+                self.connection.break_off();
+            }
+        })
     }
 
-    /// Whether the agent is locked.
-    ///
-    /// # Errors
-    /// As [`ping`](Self::ping).
-    pub fn is_locked(&mut self) -> Result<bool, Error> {
-        Ok(self.status()?.state == LockState::Locked)
+    /// Ends the connection over answers that make no sense together.
+    fn disbelieve(&mut self, error: ReplyError) -> Error {
+        self.connection.break_off();
+        error.into()
     }
 }
 
-/// A key to be made.
+/// A key to be made. [`NewKey::new`] is one that the agent draws, with no restriction.
+///
+/// ```
+/// use kms_client::NewKey;
+/// use std::time::Duration;
+///
+/// let key = NewKey { memory_only: true, lifetime: Some(Duration::from_secs(3600)), ..NewKey::new("backup") };
+/// # assert!(!key.exportable);
+/// ```
+#[derive(Clone, Copy)]
 pub struct NewKey<'a> {
     /// Its name.
     pub name: &'a str,
@@ -345,6 +485,31 @@ pub struct NewKey<'a> {
     pub memory_only: bool,
     /// A key of that name is the answer, not an error.
     pub if_missing: bool,
+    /// After which it is gone, in whole seconds, rounded down to no less than one.
+    pub lifetime: Option<Duration>,
+    /// A person is asked before each use.
+    pub confirm: bool,
+    /// How often it can be used.
+    pub max_uses: Option<NonZeroU64>,
+    /// Its bytes can be had with [`Client::export`].
+    pub exportable: bool,
+}
+
+impl<'a> NewKey<'a> {
+    /// A key of this name.
+    #[must_use]
+    pub const fn new(name: &'a str) -> Self {
+        Self {
+            name,
+            import: None,
+            memory_only: false,
+            if_missing: false,
+            lifetime: None,
+            confirm: false,
+            max_uses: None,
+            exportable: false,
+        }
+    }
 }
 
 /// Every key of the agent, a page at a time; ends after the first error.
@@ -371,7 +536,7 @@ impl Iterator for Keys<'_> {
             // An empty page counts as a row: pages must not go on for ever either.
             self.rows = self.rows.saturating_add(1).saturating_add(listed.keys.len() as u64);
             if self.rows > ROWS_MAX || (listed.next != 0 && listed.next == cursor) {
-                return Some(Err(ReplyError::Pages.into()));
+                return Some(Err(self.client.disbelieve(ReplyError::Pages)));
             }
             self.cursor = Some(listed.next).filter(|next| *next != 0);
             self.page = listed.keys.into();
@@ -381,29 +546,6 @@ impl Iterator for Keys<'_> {
 
 impl Keys<'_> {
     fn fetch(&mut self, cursor: u64) -> Result<Listed, Error> {
-        Ok(self.client.call(&Request::List(List { cursor }))?.accept()?.fields(decode_fields)?)
+        self.client.run(&operations::list(cursor))
     }
-}
-
-/// Key and base nonce of a stream, moved to where they are used.
-fn body(secrets: &[u8]) -> Result<Body, ReplyError> {
-    let (key, nonce) = secrets.split_first_chunk::<KEY_LEN>().ok_or(ReplyError::Shape)?;
-    let nonce: &[u8; NONCE_LEN] = nonce.try_into().map_err(|_| ReplyError::Shape)?;
-    Ok(Body::new(MessageKey::from_parts(key, nonce)))
-}
-
-fn checked(passphrase: &SecretVec) -> Result<&[u8], Error> {
-    match passphrase.expose_secret() {
-        bytes if bytes.len() > PASSPHRASE_MAX => {
-            Err(Error::TooLong { what: "passphrase", max: PASSPHRASE_MAX })
-        }
-        bytes => Ok(bytes),
-    }
-}
-
-/// Random, so that a repeat of the request is known as one.
-fn token() -> Result<[u8; TOKEN_LEN], Error> {
-    let mut token = [0; TOKEN_LEN];
-    getrandom::fill(&mut token).map_err(|_| Error::Random)?;
-    Ok(token)
 }

@@ -5,7 +5,7 @@
 //! before memory is taken for them. No byte that arrived stays behind in the inbox.
 
 use std::{
-    io::{self, IoSliceMut},
+    io::IoSliceMut,
     os::fd::{AsFd, AsRawFd, OwnedFd},
     path::{Path, PathBuf},
     sync::Arc,
@@ -22,7 +22,7 @@ use nix::{
         socket::{
             AddressFamily, ControlMessageOwned, MsgFlags, Shutdown, SockFlag, SockType, UnixAddr,
             UnixCredentials, connect, getsockopt, recv, recvmsg, send, setsockopt, shutdown, socket,
-            sockopt::{PassCred, PeerCredentials, ReceiveTimeout, SendTimeout},
+            sockopt::{PassCred, PeerCredentials, SendTimeout},
         },
         time::TimeVal,
     },
@@ -79,7 +79,6 @@ impl Connection {
             socket,
             inbox: Inbox::new(),
             frame_max: FRAME_MAX,
-            armed: None,
             credentials: Some(Credentials { sender: None }),
         };
         let wrong = |source: Error| match source {
@@ -189,7 +188,7 @@ impl Sender {
         let id = self.next_id();
         let bytes = wire::encode(request, id, self.frame_max)?;
         self.send_bytes(bytes.expose_secret())?;
-        Ok((wire::operation(request), id))
+        Ok((request.opcode(), id))
     }
 
     /// Sends a whole frame. A peer that does not take it within the limit is given up.
@@ -231,8 +230,6 @@ pub(crate) struct Receiver {
     socket: Arc<OwnedFd>,
     inbox: Inbox,
     frame_max: usize,
-    /// The limit that the kernel was last given.
-    armed: Option<Duration>,
     /// While the hello's reply is awaited.
     credentials: Option<Credentials>,
 }
@@ -245,20 +242,16 @@ struct Credentials {
 impl Receiver {
     /// The next reply, whole, within `limit`. `buffer` is used when it is large enough.
     pub(crate) fn receive(&mut self, buffer: SecretVec, limit: Duration) -> Result<Reply, Error> {
-        let start = Instant::now();
+        let until = Until { start: Instant::now(), limit };
         let head = loop {
             if let Some(head) =
                 FrameHead::parse(self.inbox.filled(), self.frame_max).map_err(ReplyError::Frame)?
             {
                 break head;
             }
-            self.wait_at_most(start, limit)?;
-            let room = self.inbox.room();
-            let got = match &mut self.credentials {
-                None => receive_some(&self.socket, room),
-                Some(credentials) => receive_with_sender(&self.socket, room, credentials),
-            }
-            .map_err(|error| failed(error, limit))?;
+            // Nothing of the reply is there yet, as a rule.
+            until.readable(&self.socket)?;
+            let got = receive_some(&self.socket, self.inbox.room(), &mut self.credentials, &until)?;
             self.inbox.end = self.inbox.end.saturating_add(got);
         };
         // At most the ceiling: `parse` has compared it.
@@ -267,14 +260,7 @@ impl Receiver {
         let mut rest = bytes.as_mut_slice().get_mut(..len).ok_or(ReplyError::Shape)?;
         while !rest.is_empty() {
             let got = match self.inbox.take(rest) {
-                0 => {
-                    self.wait_at_most(start, limit)?;
-                    let got = match &mut self.credentials {
-                        None => receive_some(&self.socket, rest),
-                        Some(credentials) => receive_with_sender(&self.socket, rest, credentials),
-                    };
-                    got.map_err(|error| failed(error, limit))?
-                }
+                0 => receive_some(&self.socket, rest, &mut self.credentials, &until)?,
                 taken => taken,
             };
             rest = rest.get_mut(got..).unwrap_or_default();
@@ -282,30 +268,55 @@ impl Receiver {
         bytes.truncate(len);
         Ok(Reply::new(bytes))
     }
+}
 
-    /// Tells the kernel how long the next wait may be.
-    fn wait_at_most(&mut self, start: Instant, limit: Duration) -> Result<(), Error> {
-        let elapsed = start.elapsed();
-        // The clock is asked for every piece, the kernel told only when it matters: a long reply has many pieces.
-        let time = if elapsed <= limit / 16 { limit } else { limit.saturating_sub(elapsed) };
-        if time.is_zero() {
-            return Err(Error::Timeout { limit });
+/// How long a reply may take.
+struct Until {
+    start: Instant,
+    limit: Duration,
+}
+
+impl Until {
+    /// Waits until there is something to receive. In `poll`, since whoever sleeps in a receive is woken for nothing when the
+    /// agent takes the request out of the socket: there is room to send again.
+    fn readable(&self, socket: &OwnedFd) -> Result<(), Error> {
+        loop {
+            let left = self.limit.saturating_sub(self.start.elapsed());
+            // Rounded up: a part of a millisecond that is left must not become a wait of none, again and again.
+            let left = PollTimeout::try_from(left.saturating_add(Duration::from_micros(999)));
+            match poll(
+                &mut [PollFd::new(socket.as_fd(), PollFlags::POLLIN)],
+                left.unwrap_or(PollTimeout::MAX),
+            ) {
+                Ok(0) if self.start.elapsed() >= self.limit => {
+                    return Err(Error::Timeout { limit: self.limit });
+                }
+                Ok(0) | Err(Errno::EINTR) => {}
+                Ok(_) => return Ok(()),
+                Err(errno) => return Err(Error::Connection(errno.into())),
+            }
         }
-        if self.armed != Some(time) {
-            setsockopt(&self.socket.as_fd(), ReceiveTimeout, &time_val(time))
-                .map_err(|errno| Error::Connection(errno.into()))?;
-            self.armed = Some(time);
-        }
-        Ok(())
     }
 }
 
-fn receive_some(socket: &OwnedFd, buf: &mut [u8]) -> Result<usize, Errno> {
+/// Receives what is there, and waits only when that is nothing.
+fn receive_some(
+    socket: &OwnedFd,
+    buf: &mut [u8],
+    credentials: &mut Option<Credentials>,
+    until: &Until,
+) -> Result<usize, Error> {
     loop {
-        match recv(socket.as_raw_fd(), buf, MsgFlags::empty()) {
-            Ok(0) => return Err(Errno::ECONNRESET),
+        let got = match credentials {
+            None => recv(socket.as_raw_fd(), buf, MsgFlags::MSG_DONTWAIT),
+            Some(credentials) => receive_with_sender(socket, buf, credentials),
+        };
+        match got {
+            Ok(0) | Err(Errno::ECONNRESET | Errno::EPIPE) => return Err(Error::Closed),
+            Ok(got) => return Ok(got),
             Err(Errno::EINTR) => {}
-            got => return got,
+            Err(Errno::EAGAIN) => until.readable(socket)?,
+            Err(errno) => return Err(Error::Connection(errno.into())),
         }
     }
 }
@@ -320,14 +331,10 @@ fn receive_with_sender(
     // Room for one sender and nothing else: descriptors that come along are closed by the kernel.
     let mut control = cmsg_space!(UnixCredentials);
     let mut slices = [IoSliceMut::new(buf)];
-    let message = loop {
-        match recvmsg::<()>(socket.as_raw_fd(), &mut slices, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC) {
-            Err(Errno::EINTR) => {}
-            message => break message?,
-        }
-    };
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
+    let message = recvmsg::<()>(socket.as_raw_fd(), &mut slices, Some(&mut control), flags)?;
     if message.bytes == 0 {
-        return Err(Errno::ECONNRESET);
+        return Ok(0);
     }
     let mut sender = None;
     for control in message.cmsgs()? {
@@ -343,14 +350,6 @@ fn receive_with_sender(
             credentials.sender = now;
             Ok(message.bytes)
         }
-    }
-}
-
-fn failed(errno: Errno, limit: Duration) -> Error {
-    match errno {
-        Errno::EAGAIN => Error::Timeout { limit },
-        Errno::ECONNRESET | Errno::EPIPE => Error::Closed,
-        errno => Error::Connection(io::Error::from(errno)),
     }
 }
 

@@ -11,6 +11,7 @@ mod client;
 mod connection;
 mod error;
 mod locate;
+mod operations;
 mod pump;
 mod remote;
 mod stream;
@@ -21,16 +22,18 @@ mod wire;
 #[cfg(test)]
 mod tests;
 
-pub use kms_envelope::{EncryptionContext, Header, KeyId, Purpose};
+pub use kms_envelope::{ContextRef, EncryptionContext, Header, KeyId, Purpose};
 pub use kms_protocol::{
-    Added, Constraint, Description, Fact, KeyName, KeyRef, KeyRow, KeyState, LockState, Opcode, Removed,
-    Status, StatusReply, VersionRow, Welcome,
+    Added, Bound, Constraint, Description, Exported, Fact, KeyName, KeyRef, KeyRow, KeyState, LockState,
+    Opcode, OperationCount, Removed, RemovedAll, Renamed, Rotated, StatsReply, Status, StatusReply, Value,
+    Verified, VersionRow, Welcome, constraint,
 };
 pub use kms_secret_memory::{Secret, SecretVec};
 
 pub use crate::{
     client::{Client, Keys, NewKey, Options},
     error::{Error, ReplyError},
+    operations::{DIGEST_LEN, DataKey, MAC_LEN, Moved},
     remote::{RemoteOpening, RemoteSealing},
     stream::{Head, Input, LocalOpening, LocalSealing, Output, Progress},
 };

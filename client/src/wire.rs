@@ -11,36 +11,12 @@ use kms_secret_memory::SecretVec;
 
 use crate::error::{Error, ReplyError};
 
-/// What a request asks for.
-pub(crate) fn operation(request: &Request<'_>) -> Opcode {
-    match request {
-        Request::Hello(_) => Opcode::Hello,
-        Request::Ping => Opcode::Ping,
-        Request::Status => Opcode::Status,
-        Request::Lock { .. } => Opcode::Lock,
-        Request::Unlock { .. } => Opcode::Unlock,
-        Request::Add { .. } => Opcode::Add,
-        Request::List(_) => Opcode::List,
-        Request::Describe(_) => Opcode::Describe,
-        Request::Remove(_) => Opcode::Remove,
-        Request::Encrypt { .. } => Opcode::Encrypt,
-        Request::Decrypt { .. } => Opcode::Decrypt,
-        Request::StreamNew(_) => Opcode::StreamNew,
-        Request::StreamOpen { .. } => Opcode::StreamOpen,
-        Request::RemoteStreamNew(_) => Opcode::RemoteStreamNew,
-        Request::RemoteStreamOpen { .. } => Opcode::RemoteStreamOpen,
-        Request::RemoteStreamEncrypt { .. } => Opcode::RemoteStreamEncrypt,
-        Request::RemoteStreamDecrypt { .. } => Opcode::RemoteStreamDecrypt,
-        Request::RemoteStreamClose(_) => Opcode::RemoteStreamClose,
-    }
-}
-
 /// The frame of a request.
 ///
 /// # Errors
 /// [`Error::TooLong`] when it would be longer than `frame_max`.
 pub(crate) fn encode(request: &Request<'_>, id: u32, frame_max: usize) -> Result<SecretVec, Error> {
-    let code = operation(request).code();
+    let code = request.opcode().code();
     macro_rules! frame {
         ($fields:expr, $payload:expr) => {{
             let payload: &[u8] = $payload;
@@ -57,7 +33,7 @@ pub(crate) fn encode(request: &Request<'_>, id: u32, frame_max: usize) -> Result
     }
     match request {
         Request::Hello(fields) => frame!(fields, &[]),
-        Request::Ping | Request::Status => frame!(&NoFields {}, &[]),
+        Request::Ping | Request::Status | Request::Stats => frame!(&NoFields {}, &[]),
         Request::Lock { passphrase } | Request::Unlock { passphrase } => frame!(&NoFields {}, passphrase),
         Request::Add { fields, material } => frame!(fields, material),
         Request::List(fields) => frame!(fields, &[]),
@@ -74,6 +50,20 @@ pub(crate) fn encode(request: &Request<'_>, id: u32, frame_max: usize) -> Result
         }
         Request::RemoteStreamDecrypt { fields, chunks } => frame!(fields, chunks),
         Request::RemoteStreamClose(fields) => frame!(fields, &[]),
+        Request::Rotate(fields) => frame!(fields, &[]),
+        Request::Rename(fields) => frame!(fields, &[]),
+        Request::RemoveAll(fields) => frame!(fields, &[]),
+        Request::Export { fields, passphrase } => frame!(fields, passphrase),
+        Request::Wrap { fields, plaintext } => frame!(fields, plaintext),
+        Request::Unwrap { fields, ciphertext } => frame!(fields, ciphertext),
+        Request::DataKey(fields) | Request::DataKeyWrapped(fields) => frame!(fields, &[]),
+        Request::Rewrap { fields, ciphertext } => frame!(fields, ciphertext),
+        Request::Verify { fields, ciphertext } => frame!(fields, ciphertext),
+        Request::Mac { fields, digest } => frame!(fields, digest),
+        Request::MacVerify { fields, tag_and_digest } => frame!(fields, tag_and_digest),
+        Request::Random(fields) => frame!(fields, &[]),
+        Request::Bind(fields) => frame!(fields, &[]),
+        Request::Batch { frames } => frame!(&NoFields {}, frames),
     }
 }
 

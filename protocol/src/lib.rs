@@ -23,7 +23,7 @@ pub use message::{
     Rename, Renamed, Request, Rewrap, Rewrapped, Rotate, Rotated, StatsReply, StatusReply, Value, Verified,
     VersionRow, Welcome, constraint,
 };
-pub use types::{KeyName, NameError, Status};
+pub use types::{KeyName, LifetimeError, NameError, Status, parse_lifetime};
 
 /// The version of the protocol that this crate speaks, raised by hand (`docs/protocol.md`, section 2).
 pub const PROTOCOL_VERSION: u16 = 1;

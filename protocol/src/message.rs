@@ -265,12 +265,20 @@ pub struct Listed {
 }
 
 //= docs/protocol.md#keystate
-//# What a key or a version can be used for. Tags from 1 on are reserved.
-/// What a key or a version can be used for. Tags from 1 on are reserved for the states that the keystore brings.
+//# This release sends `enabled` alone; a client MUST know the others now.
+/// What a key or a version can be used for; closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
 pub enum KeyState {
     /// Everything.
     Enabled,
+    /// A version that opens, but nothing new is done under it.
+    Staged,
+    /// Nothing, until it is enabled.
+    Disabled,
+    /// A key that waits to be restored or to go.
+    Removed,
+    /// A version of which the number is left.
+    Destroyed,
 }
 
 /// A key in a listing.

@@ -239,6 +239,7 @@ impl AddKey {
             import: import.as_ref(),
             memory_only: self.memory,
             if_missing: self.if_missing,
+            ..NewKey::new(&self.name)
         };
         let added = connect(global)?.add(&key).map_err(|error| Failure::of_key(&self.name, error))?;
         Ok(ui.added(&self.name, &added)?)

@@ -735,6 +735,10 @@ fn state_name(state: LockState) -> &'static str {
 fn key_state(state: KeyState) -> &'static str {
     match state {
         KeyState::Enabled => "enabled",
+        KeyState::Staged => "staged",
+        KeyState::Disabled => "disabled",
+        KeyState::Removed => "removed",
+        KeyState::Destroyed => "destroyed",
     }
 }
 
