@@ -2,7 +2,7 @@
 //!
 //! Owns the check of who serves: the uid that called `listen` before anything is sent, and the sender of the hello's reply
 //! before anything else is sent, since behind socket activation only that one is the agent. Lengths from the peer are checked
-//! before memory is taken for them. No byte that arrived stays behind in the inbox.
+//! before memory is taken for them. A process that inherited a connection leaves it alone: it closes its descriptor and no more.
 
 use std::{
     io::IoSliceMut,
@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kms_protocol::{FRAME_MAX, FrameHead, Hello, Opcode, PROTOCOL_VERSION, Request, Welcome, decode_fields};
+use kms_protocol::{FRAME_MAX, Hello, Opcode, PROTOCOL_VERSION, Request, Welcome, decode_fields};
 use kms_secret_memory::SecretVec;
 use nix::{
     cmsg_space,
@@ -27,19 +27,47 @@ use nix::{
         time::TimeVal,
     },
 };
-use zeroize::Zeroize;
 
 use crate::{
+    client::Options,
     error::{Error, ReplyError},
-    locate::Trust,
-    wire::{self, Reply},
+    locate::{Surroundings, Trust, find},
+    sys,
+    wire::{self, Assembler, Reply},
 };
-
-/// Holds a hello's reply and every other reply without data, so that such a reply takes one call.
-const INBOX_LEN: usize = 8 * 1024;
 
 /// An agent that takes shorter frames than this could not even take a message of 64 KiB.
 const FRAME_MAX_LEAST: usize = 128 * 1024;
+
+/// Which agent to connect to, again and again.
+#[derive(Clone)]
+pub(crate) struct Route {
+    pub(crate) path: PathBuf,
+    server_uid: Option<u32>,
+    pub(crate) timeout: Duration,
+}
+
+impl Route {
+    /// Finds the socket. It stays the one, since another could mean other keys.
+    pub(crate) fn find(options: &Options) -> Result<Self, Error> {
+        let path = find(options.socket.as_deref(), &Surroundings::of_process())?;
+        Ok(Self { path, server_uid: options.server_uid, timeout: options.timeout })
+    }
+
+    /// Looks at who may serve the socket, and connects to it. Nothing is kept from an earlier look.
+    pub(crate) fn connect(&self) -> Result<Connection, Error> {
+        let trust = Trust::examine(&self.path, Surroundings::of_process().uid, self.server_uid)?;
+        Connection::open(&self.path, &trust, self.timeout)
+    }
+}
+
+/// Lets time pass.
+pub(crate) fn pause_for(time: Duration) {
+    if !time.is_zero() {
+        // Ended early by a signal it is an attempt that comes early.
+        let _ = poll(&mut [], PollTimeout::try_from(time).unwrap_or(PollTimeout::MAX));
+    }
+}
 
 /// Both directions of a connection that has had its hello.
 pub(crate) struct Connection {
@@ -48,7 +76,8 @@ pub(crate) struct Connection {
     pub(crate) welcome: Welcome,
     /// Who sent the hello's reply.
     pub(crate) server_uid: u32,
-    pub(crate) path: PathBuf,
+    /// Who opened it: [`sys::lineage`].
+    opened_by: u64,
     broken: bool,
 }
 
@@ -77,8 +106,7 @@ impl Connection {
         let mut sender = Sender { socket: Arc::clone(&socket), next_id: 1, frame_max: FRAME_MAX, limit };
         let mut receiver = Receiver {
             socket,
-            inbox: Inbox::new(),
-            frame_max: FRAME_MAX,
+            assembler: Assembler::new(FRAME_MAX),
             credentials: Some(Credentials { sender: None }),
         };
         let wrong = |source: Error| match source {
@@ -110,30 +138,58 @@ impl Connection {
             return Err(wrong(ReplyError::Limits.into()));
         }
         sender.frame_max = frame_max;
-        receiver.frame_max = frame_max;
+        receiver.assembler.set_frame_max(frame_max);
         // From here on the kernel need not name the sender of every piece any more; it is only time that this saves.
         let _ = setsockopt(&receiver.socket.as_fd(), PassCred, &false);
-        Ok(Self { sender, receiver, welcome, server_uid, path: path.to_owned(), broken: false })
+        Ok(Self { sender, receiver, welcome, server_uid, opened_by: sys::lineage(), broken: false })
     }
 
     /// Sends a request and waits for its reply, `limit` at most.
     pub(crate) fn call(&mut self, request: &Request<'_>, limit: Duration) -> Result<Call, Error> {
         self.usable()?;
-        let (operation, id) = self.sender.send(request).inspect_err(|error| self.broken = breaks(error))?;
+        let id = self.sender.next_id();
+        let frame = wire::encode(request, id, self.sender.frame_max)?;
+        self.ask(request.opcode(), id, frame.expose_secret(), limit).map_err(|unanswered| unanswered.error)
+    }
+
+    /// Sends a whole frame and waits for the reply, `limit` at most.
+    pub(crate) fn ask(
+        &mut self,
+        operation: Opcode,
+        id: u32,
+        frame: &[u8],
+        limit: Duration,
+    ) -> Result<Call, Unanswered> {
+        self.usable().map_err(|error| Unanswered { error, sent: false })?;
+        let sent = self.sender.send_bytes(frame);
+        sent.map_err(|error| self.failed(Unanswered { error, sent: false }))?;
         let reply = self.receiver.receive(SecretVec::with_capacity(0), limit);
-        let reply = reply.inspect_err(|_| self.broken = true)?;
+        let reply = reply.map_err(|error| self.failed(Unanswered { error, sent: true }))?;
         Ok(Call { operation, id, reply })
     }
 
-    /// Fails after an earlier failure.
+    fn failed(&mut self, unanswered: Unanswered) -> Unanswered {
+        self.break_off();
+        unanswered
+    }
+
+    /// Fails after an earlier failure, and in a process that inherited the connection.
     pub(crate) fn usable(&self) -> Result<(), Error> {
-        if self.broken { Err(Error::Broken) } else { Ok(()) }
+        if self.broken || self.is_inherited() { Err(Error::Broken) } else { Ok(()) }
+    }
+
+    /// Whether it belongs to the process that this one was forked from.
+    pub(crate) fn is_inherited(&self) -> bool {
+        self.opened_by != sys::lineage()
     }
 
     /// Ends the connection after a failure that left it in the middle of an answer.
     pub(crate) fn break_off(&mut self) {
         self.broken = true;
-        self.sender.ending().shut();
+        // Our parent's connection is not ours to end.
+        if !self.is_inherited() {
+            self.sender.ending().shut();
+        }
     }
 
     /// Waits for `time`, or until the agent closes the connection.
@@ -148,9 +204,11 @@ impl Connection {
     }
 }
 
-/// Whether the connection is of no use after this failure to send.
-fn breaks(error: &Error) -> bool {
-    !matches!(error, Error::TooLong { .. })
+/// Why there was no answer.
+pub(crate) struct Unanswered {
+    pub(crate) error: Error,
+    /// The whole request left, and may have been carried out.
+    pub(crate) sent: bool,
 }
 
 /// A reply, with what it answers.
@@ -228,8 +286,7 @@ impl Ending {
 /// The receiving half.
 pub(crate) struct Receiver {
     socket: Arc<OwnedFd>,
-    inbox: Inbox,
-    frame_max: usize,
+    assembler: Assembler,
     /// While the hello's reply is awaited.
     credentials: Option<Credentials>,
 }
@@ -243,30 +300,20 @@ impl Receiver {
     /// The next reply, whole, within `limit`. `buffer` is used when it is large enough.
     pub(crate) fn receive(&mut self, buffer: SecretVec, limit: Duration) -> Result<Reply, Error> {
         let until = Until { start: Instant::now(), limit };
-        let head = loop {
-            if let Some(head) =
-                FrameHead::parse(self.inbox.filled(), self.frame_max).map_err(ReplyError::Frame)?
-            {
-                break head;
-            }
+        let mut spare = Some(buffer);
+        while self.assembler.is_between_frames() {
             // Nothing of the reply is there yet, as a rule.
             until.readable(&self.socket)?;
-            let got = receive_some(&self.socket, self.inbox.room(), &mut self.credentials, &until)?;
-            self.inbox.end = self.inbox.end.saturating_add(got);
-        };
-        // At most the ceiling: `parse` has compared it.
-        let len = usize::try_from(head.frame_len()).map_err(|_| ReplyError::Shape)?;
-        let mut bytes = if buffer.capacity() >= len { buffer } else { SecretVec::with_capacity(len) };
-        let mut rest = bytes.as_mut_slice().get_mut(..len).ok_or(ReplyError::Shape)?;
-        while !rest.is_empty() {
-            let got = match self.inbox.take(rest) {
-                0 => receive_some(&self.socket, rest, &mut self.credentials, &until)?,
-                taken => taken,
-            };
-            rest = rest.get_mut(got..).unwrap_or_default();
+            let got = receive_some(&self.socket, self.assembler.room(), &mut self.credentials, &until)?;
+            self.assembler.filled(got);
         }
-        bytes.truncate(len);
-        Ok(Reply::new(bytes))
+        loop {
+            if let Some(frame) = self.assembler.next(&mut spare)? {
+                return Ok(Reply::new(frame));
+            }
+            let got = receive_some(&self.socket, self.assembler.room(), &mut self.credentials, &until)?;
+            self.assembler.filled(got);
+        }
     }
 }
 
@@ -358,52 +405,4 @@ fn time_val(time: Duration) -> TimeVal {
     let micros = time.as_micros().clamp(1, 1_000_000_000_000_000);
     let micros = i64::try_from(micros).unwrap_or(1);
     TimeVal::new(micros / 1_000_000, micros % 1_000_000)
-}
-
-/// What arrived beyond the frame in hand.
-struct Inbox {
-    bytes: Box<[u8; INBOX_LEN]>,
-    start: usize,
-    end: usize,
-}
-
-impl Inbox {
-    fn new() -> Self {
-        Self { bytes: Box::new([0; INBOX_LEN]), start: 0, end: 0 }
-    }
-
-    fn filled(&self) -> &[u8] {
-        self.bytes.get(self.start..self.end).unwrap_or_default()
-    }
-
-    /// Where more can be read to; never empty while less than the head of a frame is there.
-    fn room(&mut self) -> &mut [u8] {
-        if self.start > 0 {
-            self.bytes.copy_within(self.start..self.end, 0);
-            let len = self.end.saturating_sub(self.start);
-            if let Some(left) = self.bytes.get_mut(len..self.end) {
-                left.zeroize();
-            }
-            (self.start, self.end) = (0, len);
-        }
-        self.bytes.get_mut(self.end..).unwrap_or_default()
-    }
-
-    /// Moves bytes to `out` and says how many.
-    fn take(&mut self, out: &mut [u8]) -> usize {
-        let len = out.len().min(self.end.saturating_sub(self.start));
-        let end = self.start.saturating_add(len);
-        if let (Some(from), Some(to)) = (self.bytes.get_mut(self.start..end), out.get_mut(..len)) {
-            to.copy_from_slice(from);
-            from.zeroize();
-        }
-        self.start = end;
-        len
-    }
-}
-
-impl Drop for Inbox {
-    fn drop(&mut self) {
-        self.bytes.zeroize();
-    }
 }

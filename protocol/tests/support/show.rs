@@ -204,7 +204,10 @@ macro_rules! show_tags {
 show_tags! {
     Material { Generate = "generate", Import = "import" }
     KeyState {
-        Enabled = "enabled", Staged = "staged", Disabled = "disabled", Removed = "removed",
+        Enabled = "enabled",
+        Staged = "staged",
+        Disabled = "disabled",
+        Removed = "removed",
         Destroyed = "destroyed"
     }
     LockState { Unlocked = "unlocked", Locked = "locked" }
