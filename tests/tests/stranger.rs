@@ -52,5 +52,5 @@ fn they_agree_with_every_vector() {
 fn they_drive_the_agent_through_every_operation() {
     let agent = AgentBuilder::default().start();
     passes(script("drive_agent.py").arg(&agent.socket));
-    agent.stop();
+    drop(agent);
 }
