@@ -28,29 +28,34 @@ fn passes(command: &mut Command) -> String {
     stdout + &stderr
 }
 
-#[test]
-fn they_agree_with_every_vector() {
-    let said = passes(script("check_vectors.py").arg(workspace().join("tests/vectors")));
-    // Without the package the ciphertexts would be left out.
-    assert!(
-        !said.contains("skipped"),
-        "tests/run makes a Python that has the package `cryptography`\n{said}"
-    );
-    for folder in ["formats", "protocol"] {
-        let files = workspace().join("tests/vectors").join(folder).read_dir().unwrap().count();
-        let told: usize = said
-            .lines()
-            .filter_map(|line| {
-                line.strip_prefix(folder)?.strip_prefix(": ")?.split(' ').next()?.parse::<usize>().ok()
-            })
-            .sum();
-        assert!(told >= files, "{told} of {files} vectors in {folder}\n{said}");
-    }
-}
+/// Under this name `tests/run` leaves out what needs a package of Python that is not there.
+mod interop {
+    use super::*;
 
-#[test]
-fn they_drive_the_agent_through_every_operation() {
-    let agent = AgentBuilder::default().start();
-    passes(script("drive_agent.py").arg(&agent.socket));
-    drop(agent);
+    #[test]
+    fn they_agree_with_every_vector() {
+        let said = passes(script("check_vectors.py").arg(workspace().join("tests/vectors")));
+        // Without the package the ciphertexts would be left out.
+        assert!(
+            !said.contains("skipped"),
+            "tests/run makes a Python that has the package `cryptography`\n{said}"
+        );
+        for folder in ["formats", "protocol"] {
+            let files = workspace().join("tests/vectors").join(folder).read_dir().unwrap().count();
+            let told: usize = said
+                .lines()
+                .filter_map(|line| {
+                    line.strip_prefix(folder)?.strip_prefix(": ")?.split(' ').next()?.parse::<usize>().ok()
+                })
+                .sum();
+            assert!(told >= files, "{told} of {files} vectors in {folder}\n{said}");
+        }
+    }
+
+    #[test]
+    fn they_drive_the_agent_through_every_operation() {
+        let agent = AgentBuilder::default().start();
+        passes(script("drive_agent.py").arg(&agent.socket));
+        drop(agent);
+    }
 }
