@@ -42,7 +42,11 @@ fn outcome(opcode: Opcode, ask: Ask, change: Change) -> (Result<(), Error>, bool
 const LENGTHS: &[Change] = &[
     |parts| parts.1.push(0),
     |parts| parts.0.push(0),
-    |parts| drop(if parts.0.pop().is_none() { parts.1.pop() } else { None }),
+    |parts| {
+        if parts.0.pop().is_none() {
+            parts.1.pop();
+        }
+    },
     |parts| {
         if parts.1.pop().is_none() {
             parts.0.pop();
