@@ -15,7 +15,7 @@ mod uses;
 
 use std::{collections::HashMap, time::Duration};
 
-use kms_envelope::{Body, Header, KEY_LEN, KeyId, MESSAGE_MAX, STREAM_HEAD_LEN};
+use kms_envelope::{Body, Header, KEY_LEN, KeyId, MESSAGE_MAX, Purpose, STREAM_HEAD_LEN};
 use kms_protocol::{
     BINDINGS_MAX, Bind, Bound, Fact, Frame, Hello, KeyName, KeyRef, LockState, Locking, NoFields, Opcode,
     PAGE_ROWS_MAX, PASSPHRASE_MAX, PROTOCOL_VERSION, REMOTE_STREAMS_MAX, RemoteStream, Request, Status,
@@ -29,7 +29,7 @@ use self::{
     refusal::{Refused, refuse},
     repeats::Repeats,
     streams::{OpenStream, Streams},
-    uses::{STREAM_KEY_LEN, write_stream_key},
+    uses::{STREAM_KEY_LEN, Use, write_stream_key},
 };
 use crate::{
     audit::{Audit, Event},
@@ -41,7 +41,7 @@ use crate::{
 };
 
 /// Requests that a client may have without an answer. Beyond it nothing breaks: the agent stops reading.
-const IN_FLIGHT_MAX: u32 = 256;
+pub(crate) const IN_FLIGHT_MAX: u32 = 256;
 
 /// When a request came.
 #[derive(Clone, Copy, Debug)]
@@ -336,11 +336,12 @@ impl<R: Random, A: Audit> Core<R, A> {
             }
             Request::Encrypt { fields, plaintext } => {
                 let key = session.selector(fields.key)?;
-                self.encrypt(&permit, key, fields.context, plaintext, request_id, replies)?;
+                let using = Use::new(&permit, fields.context, request_id, replies);
+                self.seal(using, key, Purpose::Message, plaintext)?;
             }
             Request::Decrypt { fields, ciphertext } => {
-                let key = session.selector(fields.key);
-                self.decrypt(&permit, key, fields.context, ciphertext, request_id, replies)?;
+                let using = Use::new(&permit, fields.context, request_id, replies);
+                self.open(using, session.selector(fields.key), Purpose::Message, ciphertext)?;
             }
             Request::StreamNew(fields) => {
                 let payload_len = STREAM_HEAD_LEN.saturating_add(STREAM_KEY_LEN);
@@ -392,36 +393,40 @@ impl<R: Random, A: Audit> Core<R, A> {
             }
             Request::Wrap { fields, plaintext } => {
                 let key = session.selector(fields.key)?;
-                self.wrap(&permit, key, fields.context, plaintext, request_id, replies)?;
+                let using = Use::new(&permit, fields.context, request_id, replies);
+                self.seal(using, key, Purpose::WrappedKey, plaintext)?;
             }
             Request::Unwrap { fields, ciphertext } => {
-                let key = session.selector(fields.key);
-                self.unwrap(&permit, key, fields.context, ciphertext, request_id, replies)?;
+                let using = Use::new(&permit, fields.context, request_id, replies);
+                self.open(using, session.selector(fields.key), Purpose::WrappedKey, ciphertext)?;
             }
             Request::DataKey(fields) => {
                 let key = session.selector(fields.key)?;
-                self.data_key(&permit, key, fields.context, fields.length, true, request_id, replies)?;
+                let using = Use::new(&permit, fields.context, request_id, replies);
+                self.data_key(using, key, fields.length, true)?;
             }
             Request::DataKeyWrapped(fields) => {
                 let key = session.selector(fields.key)?;
-                self.data_key(&permit, key, fields.context, fields.length, false, request_id, replies)?;
+                let using = Use::new(&permit, fields.context, request_id, replies);
+                self.data_key(using, key, fields.length, false)?;
             }
             Request::Rewrap { fields, ciphertext } => {
-                let key = session.selector(fields.key);
                 let to = fields.to.map(|to| session.selector(to)).transpose()?;
-                self.rewrap(&permit, key, to, fields.context, ciphertext, request_id, replies)?;
+                let using = Use::new(&permit, fields.context, request_id, replies);
+                self.rewrap(using, session.selector(fields.key), to, ciphertext)?;
             }
             Request::Verify { fields, ciphertext } => {
-                let key = session.selector(fields.key);
-                self.verify(&permit, key, fields.context, ciphertext, request_id, replies)?;
+                let using = Use::new(&permit, fields.context, request_id, replies);
+                self.verify(using, session.selector(fields.key), ciphertext)?;
             }
             Request::Mac { fields, digest } => {
                 let key = session.selector(fields.key)?;
-                self.mac(&permit, key, fields.context, digest, request_id, replies)?;
+                let using = Use::new(&permit, fields.context, request_id, replies);
+                self.mac(using, key, digest)?;
             }
             Request::MacVerify { fields, tag_and_digest } => {
-                let key = session.selector(fields.key);
-                self.verify_mac(&permit, key, fields.context, tag_and_digest, request_id, replies)?;
+                let using = Use::new(&permit, fields.context, request_id, replies);
+                self.verify_mac(using, session.selector(fields.key), tag_and_digest)?;
             }
             Request::Random(kms_protocol::Random { length }) => {
                 self.random(&permit, length, request_id, replies)?;

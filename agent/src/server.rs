@@ -1,267 +1,320 @@
 //! Sockets: the listener, the connections, the memory that their frames take.
 //!
 //! Owns who is let in at all (by the uid that the kernel names, for the connection and again for the sender of every
-//! message), the reading and the writing, deadlines, and what a slow or silent peer can hold. It decodes nothing but
-//! the frame head, and no key passes through it outside a frame. Implements `docs/protocol.md`, sections 1, 2 and 8.
+//! message), the reading and the writing, whose turn it is, deadlines, and what a slow or silent peer can hold. One loop over
+//! level-triggered epoll on one thread: a request costs a wait, a receive and a send, and no secret is on another thread
+//! (`docs/decisions/0004`). It decodes nothing but the frame head, and no key passes through it outside a frame. Implements
+//! `docs/protocol.md`, sections 1, 2 and 8.
+
+mod connection;
+mod pool;
 
 use std::{
-    cell::{Cell, RefCell},
-    collections::HashMap,
-    io::{self, IoSliceMut},
-    os::fd::{AsFd, AsRawFd, OwnedFd},
+    collections::{BTreeSet, HashMap, VecDeque},
+    io,
+    os::{
+        fd::AsFd,
+        unix::net::{UnixListener, UnixStream},
+    },
     panic::{AssertUnwindSafe, catch_unwind},
     rc::Rc,
+    sync::{
+        Arc,
+        mpsc::{Receiver, Sender, channel},
+    },
+    thread,
     time::Duration,
 };
 
+use kms_envelope::KEY_LEN;
 use kms_protocol::{FRAME_HEAD_LEN, Frame, FrameHead};
-use kms_secret_memory::{LockedBuffer, Policy, RegionError};
+use kms_secret_memory::{LockedBuffer, Policy, Secret};
 use nix::{
     errno::Errno,
-    sys::socket::{ControlMessageOwned, MsgFlags, getsockopt, recvmsg, send, setsockopt, sockopt},
+    sys::{
+        epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout},
+        eventfd::{EfdFlags, EventFd},
+        socket::{getsockopt, setsockopt, sockopt},
+        time::TimeSpec,
+        timerfd::{self, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags},
+    },
     time::{ClockId, clock_gettime},
-};
-use tokio::{
-    io::{Interest, unix::AsyncFd},
-    net::{UnixListener, UnixStream},
-    sync::Notify,
-    time::{Instant, sleep, sleep_until, timeout_at},
+    unistd::getuid,
 };
 
+use self::{
+    connection::{Closed, Connection, Wait},
+    pool::{FramePool, Grant, Held},
+};
 use crate::{
     audit::Audit,
     authorize::Peer,
-    core::{Core, Now, Outcome, Session, Surroundings, Ticket},
+    core::{Core, IN_FLIGHT_MAX, Now, Outcome, Session, Surroundings, Ticket},
     crypto::{Derivation, Random},
+    error::StartError,
     reply::{FLUSH_LEN, Replies},
     sys,
 };
 
-/// Bytes that are read at once while nothing else of the uid waits.
-const READ_LEN: usize = 64 * 1024;
+//= docs/protocol.md#22-limits-and-what-ends-a-connection
+//# a frame that is not whole 5 seconds after its first byte
+/// A frame must be whole, `hello` must have come, and replies for which others lack memory must be read within this time.
+const DEADLINE: Duration = Duration::from_secs(5);
 
-/// Bytes that are read at once while frames of the uid wait for memory, and the smallest frame buffer.
-const SHORT_READ_LEN: usize = 4096;
+/// Bytes that are read at once: so many as the most requests under way can have at least, so that no more of them are ever
+/// read and not answered.
+const READ_LEN: usize = IN_FLIGHT_MAX as usize * FRAME_HEAD_LEN;
 
-/// What all frame buffers take together, and what those of one uid take, in bytes.
-const POOL_LEN: usize = 4 * 1024 * 1024;
-const POOL_LEN_PER_UID: usize = POOL_LEN / 4;
+/// Frames that have arrived and are not longer than this need no memory of their own: every message with its context is
+/// shorter.
+const SHARED_LEN: usize = 80 * 1024;
 
-/// A frame must be whole, and `hello` must have come, within this time.
-const FRAME_DEADLINE: Duration = Duration::from_secs(5);
+/// Requests that are taken up of one connection before every other has had its turn.
+const TURN_REQUESTS: usize = 64;
+
+/// Connections that are let in before every other has had its turn.
+const TURN_ACCEPTS: usize = 16;
+
+/// Of all connections so many are kept for the agent's own uid.
+const KEPT_CONNECTIONS: usize = 16;
 
 /// After this time without a request, what is only at hand for speed is wiped.
 const COOL_AFTER: Duration = Duration::from_millis(250);
 
+/// No timer is set for later than this after boot: it rings, and is set again.
+const FAR: Duration = Duration::from_secs(1 << 32);
+
 /// Before the next `accept` when the machine has no descriptor left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// The connection is over; nothing more is to be said.
-struct Closed;
+/// Who a turn is for: a connection, by its place and how often the place was given away, or one of the constants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Key(u64);
 
-/// Memory for frames that arrive or leave in pieces, counted by uid.
+impl Key {
+    const LISTENER: Self = Self(u64::MAX);
+    const TIMER: Self = Self(u64::MAX - 1);
+    const WORK: Self = Self(u64::MAX - 2);
+    const SIGNAL: Self = Self(u64::MAX - 3);
+    const COMMAND: Self = Self(u64::MAX - 4);
+
+    fn new(place: u32, generation: u32) -> Self {
+        Self(u64::from(generation) << 32 | u64::from(place))
+    }
+
+    fn place(self) -> usize {
+        usize::try_from(self.0 & u64::from(u32::MAX)).unwrap_or(usize::MAX)
+    }
+
+    fn generation(self) -> u64 {
+        self.0 >> 32
+    }
+}
+
 #[derive(Default)]
-struct FramePool {
-    used: Cell<usize>,
-    by_uid: RefCell<HashMap<u32, usize>>,
-    freed: Notify,
+struct Slot {
+    generation: u32,
+    connection: Option<Box<Connection>>,
 }
 
-/// The right to hold so many bytes of frames.
-struct Grant {
-    pool: Rc<FramePool>,
-    uid: u32,
-    len: usize,
-}
-
-impl FramePool {
-    fn used_by(&self, uid: u32) -> usize {
-        self.by_uid.borrow().get(&uid).copied().unwrap_or(0)
-    }
-
-    fn grant(self: &Rc<Self>, uid: u32, len: usize) -> Option<Grant> {
-        let used = self.used.get().saturating_add(len);
-        let used_by_uid = self.used_by(uid).saturating_add(len);
-        if used > POOL_LEN || used_by_uid > POOL_LEN_PER_UID {
-            return None;
-        }
-        self.used.set(used);
-        self.by_uid.borrow_mut().insert(uid, used_by_uid);
-        Some(Grant { pool: Rc::clone(self), uid, len })
-    }
-
-    async fn wait(self: &Rc<Self>, uid: u32, len: usize) -> Grant {
-        loop {
-            let freed = self.freed.notified();
-            if let Some(grant) = self.grant(uid, len) {
-                return grant;
-            }
-            freed.await;
-        }
-    }
-}
-
-impl Drop for Grant {
-    fn drop(&mut self) {
-        let pool = &self.pool;
-        pool.used.set(pool.used.get().saturating_sub(self.len));
-        let mut by_uid = pool.by_uid.borrow_mut();
-        let left = by_uid.get(&self.uid).map_or(0, |used| used.saturating_sub(self.len));
-        if left == 0 {
-            by_uid.remove(&self.uid);
-        } else {
-            by_uid.insert(self.uid, left);
-        }
-        pool.freed.notify_waiters();
-    }
-}
-
-/// Bytes in a locked buffer, wiped with it.
-struct Held {
-    buffer: LockedBuffer,
-    start: usize,
-    end: usize,
-}
-
-impl Held {
-    fn new(bytes: &[u8], capacity: usize, memory: Policy) -> Result<Self, RegionError> {
-        let mut buffer = LockedBuffer::new(capacity.max(bytes.len()), memory)?;
-        if let Some(front) = buffer.expose_secret_mut().get_mut(..bytes.len()) {
-            front.copy_from_slice(bytes);
-        }
-        Ok(Self { buffer, start: 0, end: bytes.len() })
-    }
-
-    fn bytes(&self) -> &[u8] {
-        self.buffer.expose_secret().get(self.start..self.end).unwrap_or_default()
-    }
-
-    /// Drops `count` bytes from the front and moves the rest there.
-    fn consume(&mut self, count: usize) {
-        let from = self.start.saturating_add(count).min(self.end);
-        let rest = self.end.saturating_sub(from);
-        self.buffer.expose_secret_mut().copy_within(from..self.end, 0);
-        self.buffer.wipe_range(rest..self.end);
-        (self.start, self.end) = (0, rest);
-    }
-}
-
-struct Connection {
-    /// Registered for reading alone: with both, each read of the peer wakes this end too, which costs 1 us a request.
-    socket: AsyncFd<OwnedFd>,
-    peer: Peer,
-    session: Session,
-    /// What has arrived and was not taken up: a part of a frame, or frames that wait until their answers can leave.
-    input: Option<Held>,
-    /// Replies that the peer has not read yet.
-    output: Option<Held>,
-    grant: Option<Grant>,
-    deadline: Option<Instant>,
-}
-
-/// How far a connection got without waiting.
-enum Advance {
-    /// Nothing to read, nothing to do.
-    Idle,
-    /// Something was done; there may be more.
-    Again,
-    /// A frame of this length needs memory before more of it is read.
-    Memory(usize),
-    /// Work to be done elsewhere.
-    Derive(Box<Derivation>, Ticket),
+/// Why [`Server::serve`] came back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wake {
+    /// There is a signal to be read.
+    Signal,
+    /// The command that the agent was started for has ended.
+    CommandEnded,
 }
 
 /// Why the taking up of frames stopped.
 enum Stop {
+    /// What is left is no whole frame.
     Partial,
-    Blocked,
-    Derive(Box<Derivation>, Ticket),
+    /// Others come first.
+    Turn,
+    /// The connection ends once its replies are sent.
+    Last,
+    /// Work to be done elsewhere.
+    Work(Box<Derivation>, Ticket),
 }
 
-/// Buffers that every connection uses between two waits, never across one.
-struct Shared {
-    input: LockedBuffer,
-    replies: Replies,
+/// The result of a [`Derivation`], and whom it is for.
+struct Done {
+    connection: Key,
+    key: Option<Secret<KEY_LEN>>,
 }
 
 /// The agent with its sockets.
 pub(crate) struct Server<R, A> {
-    core: RefCell<Core<R, A>>,
-    shared: RefCell<Shared>,
+    desk: Desk<R, A>,
+    /// Where requests are read to; wiped before the next connection has its turn.
+    input: LockedBuffer,
     memory: Policy,
     pool: Rc<FramePool>,
-    connections: RefCell<HashMap<u32, usize>>,
-    panics: Cell<u64>,
-    last_request: Cell<Duration>,
-    warm: Cell<bool>,
-    warmed: Notify,
+    epoll: Epoll,
+    listener: UnixListener,
+    /// While nobody is let in.
+    accept_after: Option<Duration>,
+    timer: TimerFd,
+    /// When the timer rings.
+    alarm: Option<Duration>,
+    slots: Vec<Slot>,
+    free: Vec<u32>,
+    open: usize,
+    open_by_uid: HashMap<u32, usize>,
+    deadlines: BTreeSet<(Duration, Key)>,
+    /// Who waits for memory, in the order of coming, by uid.
+    waiting: HashMap<u32, VecDeque<Key>>,
+    /// Memory came back, or somebody new waits for some.
+    hand_out: bool,
+    /// Whose replies have waited too long, by uid and since when.
+    overdue: BTreeSet<(u32, Duration, Key)>,
+    /// Whose turn comes though the kernel has nothing new of them.
+    again: Vec<Key>,
+    turn: u64,
+    work: Arc<EventFd>,
+    done: (Sender<Done>, Receiver<Done>),
+    ticket: Option<Ticket>,
+    panics: u64,
+    last_request: Duration,
+    warm: bool,
 }
 
 /// The time, as the core wants it.
 pub(crate) fn now() -> Now {
-    let boot = clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from);
     let unix = clock_gettime(ClockId::CLOCK_REALTIME).map_or(Duration::ZERO, Duration::from);
-    Now { boot, unix: unix.as_secs() }
+    Now { boot: since_boot(), unix: unix.as_secs() }
 }
 
-impl<R: Random + 'static, A: Audit + 'static> Server<R, A> {
-    pub(crate) fn new(core: Core<R, A>, memory: Policy) -> Result<Self, RegionError> {
-        let shared = Shared { input: LockedBuffer::new(READ_LEN, memory)?, replies: Replies::new(memory)? };
-        Ok(Self {
-            core: RefCell::new(core),
-            shared: RefCell::new(shared),
+fn since_boot() -> Duration {
+    clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from)
+}
+
+impl<R: Random, A: Audit> Server<R, A> {
+    /// A server of what connects to `listener`, which does not block.
+    pub(crate) fn new(core: Core<R, A>, listener: UnixListener, memory: Policy) -> Result<Self, StartError> {
+        let runtime = |errno: Errno| StartError::Runtime(errno.into());
+        let server = Self {
+            desk: Desk { core, replies: Replies::new(memory)? },
+            input: LockedBuffer::new(SHARED_LEN, memory)?,
             memory,
-            pool: Rc::default(),
-            connections: RefCell::default(),
-            panics: Cell::new(0),
-            last_request: Cell::new(Duration::ZERO),
-            warm: Cell::new(false),
-            warmed: Notify::new(),
-        })
+            pool: FramePool::new(memory),
+            epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(runtime)?,
+            listener,
+            accept_after: None,
+            timer: TimerFd::new(
+                timerfd::ClockId::CLOCK_BOOTTIME,
+                TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK,
+            )
+            .map_err(runtime)?,
+            alarm: None,
+            slots: Vec::new(),
+            free: Vec::new(),
+            open: 0,
+            open_by_uid: HashMap::new(),
+            deadlines: BTreeSet::new(),
+            waiting: HashMap::new(),
+            hand_out: false,
+            overdue: BTreeSet::new(),
+            again: Vec::new(),
+            turn: 0,
+            work: Arc::new(
+                EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).map_err(runtime)?,
+            ),
+            done: channel(),
+            ticket: None,
+            panics: 0,
+            last_request: Duration::ZERO,
+            warm: false,
+        };
+        server.watch(&server.listener, Key::LISTENER).map_err(runtime)?;
+        server.watch(&server.timer, Key::TIMER).map_err(runtime)?;
+        server.watch(&*server.work, Key::WORK).map_err(runtime)?;
+        Ok(server)
     }
 
-    pub(crate) fn core(&self) -> &RefCell<Core<R, A>> {
-        &self.core
+    fn watch(&self, fd: impl AsFd, key: Key) -> Result<(), Errno> {
+        self.epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, key.0))
     }
 
-    /// Accepts for ever.
-    pub(crate) async fn accept(self: Rc<Self>, listener: UnixListener) {
+    /// Has [`serve`](Self::serve) come back when there is something to read here.
+    pub(crate) fn wake_by(&self, fd: impl AsFd, wake: Wake) -> io::Result<()> {
+        let key = match wake {
+            Wake::Signal => Key::SIGNAL,
+            Wake::CommandEnded => Key::COMMAND,
+        };
+        self.watch(fd, key).map_err(io::Error::from)
+    }
+
+    pub(crate) fn core(&mut self) -> &mut Core<R, A> {
+        &mut self.desk.core
+    }
+
+    /// Serves until there is something that is not the server's.
+    pub(crate) fn serve(&mut self) -> io::Result<Wake> {
+        let mut events = [EpollEvent::empty(); 128];
+        let mut again = Vec::new();
         loop {
-            match listener.accept().await {
+            let timeout = if self.again.is_empty() { EpollTimeout::NONE } else { EpollTimeout::ZERO };
+            let count = match self.epoll.wait(&mut events, timeout) {
+                Err(Errno::EINTR) => 0,
+                count => count?,
+            };
+            self.turn = self.turn.wrapping_add(1);
+            let mut wake = None;
+            std::mem::swap(&mut self.again, &mut again);
+            for event in events.iter().take(count) {
+                match Key(event.data()) {
+                    Key::LISTENER => self.accept(),
+                    Key::TIMER => self.ring(),
+                    Key::WORK => self.take_results(),
+                    Key::SIGNAL => wake = Some(Wake::Signal),
+                    Key::COMMAND => wake = Some(Wake::CommandEnded),
+                    connection => self.attend(connection, event.events()),
+                }
+            }
+            for connection in again.drain(..) {
+                self.attend(connection, EpollFlags::empty());
+            }
+            self.hand_out_memory();
+            self.set_alarm();
+            if let Some(wake) = wake {
+                return Ok(wake);
+            }
+        }
+    }
+
+    /// Lets in who is there.
+    fn accept(&mut self) {
+        for _ in 0..TURN_ACCEPTS {
+            match self.listener.accept() {
                 Ok((stream, _)) => self.admit(stream),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept a connection");
-                    sleep(ACCEPT_PAUSE).await;
+                    self.listen(false);
+                    self.accept_after = Some(since_boot().saturating_add(ACCEPT_PAUSE));
+                    return;
                 }
             }
         }
     }
 
-    /// Wipes what is only at hand for speed whenever the agent was idle for a while.
-    pub(crate) async fn cool(self: Rc<Self>) {
-        loop {
-            self.warmed.notified().await;
-            loop {
-                let idle = now().boot.saturating_sub(self.last_request.get());
-                if idle >= COOL_AFTER {
-                    break;
-                }
-                sleep_until(Instant::now() + COOL_AFTER.saturating_sub(idle)).await;
-            }
-            self.warm.set(false);
-            self.core.borrow_mut().cool();
-            self.shared.borrow_mut().replies.shrink(self.memory);
+    fn listen(&self, on: bool) {
+        let events = if on { EpollFlags::EPOLLIN } else { EpollFlags::empty() };
+        if let Err(errno) = self.epoll.modify(&self.listener, &mut EpollEvent::new(events, Key::LISTENER.0)) {
+            tracing::error!(%errno, "the listener cannot be watched");
         }
     }
 
     /// Lets a connection in, or closes it without a byte. Whatever cannot be found out about the peer is a no.
-    fn admit(self: &Rc<Self>, stream: UnixStream) {
+    fn admit(&mut self, stream: UnixStream) {
         let Ok(credentials) = getsockopt(&stream, sockopt::PeerCredentials) else {
             tracing::warn!("refused a connection: its peer credentials cannot be had");
             return;
         };
         let peer = Peer { uid: credentials.uid() };
-        if !self.core.borrow().serves(peer.uid) {
+        if !self.desk.core.serves(peer.uid) {
             tracing::warn!(uid = peer.uid, pid = credentials.pid(), "refused a connection of another uid");
             return;
         }
@@ -271,387 +324,626 @@ impl<R: Random + 'static, A: Audit + 'static> Server<R, A> {
             return;
         }
         sys::refuse_descriptors(stream.as_fd());
-        let socket = stream.into_std().and_then(|stream| sys::watch(stream.into(), Interest::READABLE));
-        let socket = match socket {
-            Ok(socket) => socket,
-            Err(error) => {
-                tracing::warn!(%error, "refused a connection: it cannot be watched");
-                return;
-            }
-        };
-        {
-            let core = self.core.borrow();
-            let mut connections = self.connections.borrow_mut();
-            let total: usize = connections.values().sum();
-            let of_uid = connections.entry(peer.uid).or_insert(0);
-            if *of_uid >= core.limits().connections_per_uid || total >= core.limits().connections {
-                tracing::warn!(uid = peer.uid, "refused a connection: too many are open");
-                return;
-            }
-            *of_uid = of_uid.saturating_add(1);
+        let limits = self.desk.core.limits();
+        let kept = if peer.uid == getuid().as_raw() { 0 } else { KEPT_CONNECTIONS };
+        let of_uid = self.open_by_uid.entry(peer.uid).or_insert(0);
+        if *of_uid >= limits.connections_per_uid || self.open.saturating_add(kept) >= limits.connections {
+            tracing::warn!(uid = peer.uid, "refused a connection: too many are open");
+            return;
         }
-        let server = Rc::clone(self);
-        tokio::task::spawn_local(async move {
-            let mut connection = Connection {
-                socket,
-                peer,
-                session: server.core.borrow_mut().begin(peer),
-                input: None,
-                output: None,
-                grant: None,
-                deadline: Some(Instant::now() + FRAME_DEADLINE),
-            };
-            let Closed = server.converse(&mut connection).await;
-            server.core.borrow_mut().end(&connection.session);
-            if let Some(of_uid) = server.connections.borrow_mut().get_mut(&peer.uid) {
-                *of_uid = of_uid.saturating_sub(1);
-            }
+        let place = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(Slot::default());
+            u32::try_from(self.slots.len()).unwrap_or(u32::MAX).saturating_sub(1)
         });
-    }
-
-    async fn converse(&self, connection: &mut Connection) -> Closed {
-        loop {
-            match flush(connection).await {
-                Err(closed) => return closed,
-                // While its answers wait the peer is not read, so the time does not count.
-                Ok(waited) if waited && connection.deadline.is_some() => {
-                    connection.deadline = Some(Instant::now() + FRAME_DEADLINE);
-                }
-                Ok(_) => {}
-            }
-            match self.advance(connection) {
-                Err(closed) => {
-                    // A last word, such as why the frame was refused, may still be on its way.
-                    return match timeout_at(Instant::now() + FRAME_DEADLINE, flush(connection)).await {
-                        Ok(Ok(_)) | Ok(Err(Closed)) | Err(_) => closed,
-                    };
-                }
-                Ok(Advance::Again) => {}
-                Ok(Advance::Idle) => {
-                    let readable = connection.socket.readable();
-                    let ready = match connection.deadline {
-                        Some(deadline) => timeout_at(deadline, readable).await.ok(),
-                        None => Some(readable.await),
-                    };
-                    if !matches!(ready, Some(Ok(_))) {
-                        return Closed;
-                    }
-                }
-                Ok(Advance::Memory(len)) => {
-                    let grant = self.pool.wait(connection.peer.uid, len).await;
-                    connection.grant = Some(grant);
-                    connection.deadline = Some(Instant::now() + FRAME_DEADLINE);
-                }
-                Ok(Advance::Derive(derivation, ticket)) => {
-                    if let Err(closed) = self.derive(connection, derivation, ticket).await {
-                        return closed;
-                    }
-                }
-            }
-        }
-    }
-
-    /// Does the work, whether the peer is still there or not, and then answers.
-    async fn derive(
-        &self,
-        connection: &mut Connection,
-        derivation: Box<Derivation>,
-        ticket: Ticket,
-    ) -> Result<(), Closed> {
-        let flushed = flush(connection).await;
-        let key = tokio::task::spawn_blocking(move || derivation.run()).await.ok().flatten();
-        let mut shared = self.shared.borrow_mut();
-        self.core.borrow_mut().derived(ticket, key, now(), &mut shared.replies);
-        flushed?;
-        self.send(connection, &mut shared.replies)
-    }
-
-    /// Takes up frames that wait, or reads and takes up what comes.
-    fn advance(&self, connection: &mut Connection) -> Result<Advance, Closed> {
-        let mut shared = self.shared.borrow_mut();
-        let Shared { input, replies } = &mut *shared;
-        let arrived = match self.receive(connection, input)? {
-            None => {
-                if connection.input.as_ref().is_some_and(|held| held.bytes().is_empty()) {
-                    connection.input = None;
-                    connection.grant = None;
-                }
-                return Ok(Advance::Idle);
-            }
-            Some(arrived) => arrived,
+        let Some(slot) = usize::try_from(place).ok().and_then(|place| self.slots.get_mut(place)) else {
+            return;
         };
-        let now = now();
-        self.last_request.set(now.boot);
-        if !self.warm.replace(true) {
-            self.warmed.notify_one();
+        let key = Key::new(place, slot.generation);
+        let mut connection = Box::new(Connection::new(stream, peer, self.desk.core.begin(peer)));
+        if let Err(error) = self.epoll.add(&*connection, EpollEvent::new(connection.events, key.0)) {
+            tracing::warn!(%error, "refused a connection: it cannot be watched");
+            self.desk.core.end(&connection.session);
+            self.free.push(place);
+            return;
         }
-        match connection.input.take() {
-            Some(mut held) => {
-                let taken_up = self.take_up(connection, held.bytes(), now, replies);
-                self.core.borrow_mut().end_batch();
-                let (taken, stop) = taken_up?;
-                held.consume(taken);
-                connection.input = Some(held);
-                self.after(connection, taken, stop)
+        *of_uid = of_uid.saturating_add(1);
+        self.open = self.open.saturating_add(1);
+        //= docs/protocol.md#22-limits-and-what-ends-a-connection
+        //# no whole `hello` within 5 seconds of the connect
+        self.set_deadline(key, &mut connection, Some(since_boot().saturating_add(DEADLINE)));
+        self.put(key, connection);
+    }
+
+    /// Takes a connection out of its place, if it is still there.
+    fn take(&mut self, key: Key) -> Option<Box<Connection>> {
+        let slot = self.slots.get_mut(key.place())?;
+        if u64::from(slot.generation) == key.generation() { slot.connection.take() } else { None }
+    }
+
+    fn put(&mut self, key: Key, connection: Box<Connection>) {
+        if let Some(slot) = self.slots.get_mut(key.place()) {
+            slot.connection = Some(connection);
+        }
+    }
+
+    /// Ends a connection that was taken out of its place. Closing the socket takes it from the epoll.
+    fn end(&mut self, key: Key, mut connection: Box<Connection>) {
+        self.set_deadline(key, &mut connection, None);
+        self.set_overdue(key, &mut connection, None);
+        self.leave_queue(key, &connection);
+        self.desk.core.end(&connection.session);
+        if let Some(of_uid) = self.open_by_uid.get_mut(&connection.peer.uid) {
+            *of_uid = of_uid.saturating_sub(1);
+            if *of_uid == 0 {
+                self.open_by_uid.remove(&connection.peer.uid);
             }
-            None => {
-                let bytes = input.expose_secret().get(..arrived).unwrap_or_default();
-                let taken_up = self.take_up(connection, bytes, now, replies);
-                self.core.borrow_mut().end_batch();
-                let stopped = taken_up.and_then(|(taken, stop)| {
-                    let rest = bytes.get(taken..).unwrap_or_default();
-                    if !rest.is_empty() {
-                        connection.input =
-                            Some(Held::new(rest, rest.len(), self.memory).map_err(|_| Closed)?);
-                    }
-                    Ok((taken, stop))
-                });
-                input.wipe_range(0..arrived);
-                let (taken, stop) = stopped?;
-                self.after(connection, taken, stop)
+        }
+        self.open = self.open.saturating_sub(1);
+        if let (Some(slot), Ok(place)) = (self.slots.get_mut(key.place()), u32::try_from(key.place())) {
+            // Below the constants of `Key`.
+            slot.generation = slot.generation.wrapping_add(1) % (u32::MAX - 1);
+            self.free.push(place);
+        }
+    }
+
+    /// Gives a connection its turn: at most one in each turn of the loop.
+    fn attend(&mut self, key: Key, events: EpollFlags) {
+        let Some(mut connection) = self.take(key) else { return };
+        if connection.turn == self.turn {
+            self.put(key, connection);
+            return;
+        }
+        connection.turn = self.turn;
+        self.go_on(key, connection, |server, connection| server.advance(key, connection, events));
+    }
+
+    /// Does something for a connection that was taken out of its place, and puts it back or ends it. The one place where a
+    /// panic is caught: it costs this connection, not everybody's keys.
+    fn go_on(
+        &mut self,
+        key: Key,
+        mut connection: Box<Connection>,
+        work: impl FnOnce(&mut Self, &mut Connection) -> Result<(), Closed>,
+    ) {
+        match catch_unwind(AssertUnwindSafe(|| work(self, &mut connection))) {
+            Ok(Ok(())) => self.put(key, connection),
+            Ok(Err(Closed)) => self.end(key, connection),
+            Err(_) => {
+                self.panics = self.panics.saturating_add(1);
+                self.input.wipe();
+                self.desk.replies.clear();
+                self.desk.core.end_batch();
+                self.end(key, connection);
             }
         }
     }
 
-    /// Makes sure that what is left of a frame has memory and a deadline.
-    fn after(&self, connection: &mut Connection, taken: usize, stop: Stop) -> Result<Advance, Closed> {
-        if taken > 0 {
-            // What is left began after a frame that was whole.
-            connection.deadline = None;
-        }
-        let left = connection.input.as_ref().map_or(&[][..], Held::bytes);
-        if left.is_empty() {
-            if connection.output.is_none() {
-                connection.grant = None;
-            }
-            connection.deadline = (!connection.session.greeted()).then(|| Instant::now() + FRAME_DEADLINE);
-        }
-        match stop {
-            Stop::Derive(derivation, ticket) => Ok(Advance::Derive(derivation, ticket)),
-            Stop::Blocked => Ok(Advance::Again),
-            Stop::Partial if left.is_empty() => Ok(Advance::Again),
-            Stop::Partial => {
-                if connection.deadline.is_none() {
-                    connection.deadline = Some(Instant::now() + FRAME_DEADLINE);
-                }
-                let frame_max = self.core.borrow().limits().frame;
-                let head = FrameHead::parse(left, frame_max).map_err(|_| Closed)?;
-                let frame_len =
-                    head.map_or(0, |head| usize::try_from(head.frame_len()).unwrap_or(usize::MAX));
-                let wanted = frame_len.max(SHORT_READ_LEN);
-                if connection.grant.as_ref().is_some_and(|grant| grant.len >= wanted) {
-                    return Ok(Advance::Again);
-                }
-                connection.grant = None;
-                match self.pool.grant(connection.peer.uid, wanted) {
-                    Some(grant) => {
-                        connection.grant = Some(grant);
-                        Ok(Advance::Again)
-                    }
-                    None => Ok(Advance::Memory(wanted)),
-                }
-            }
-        }
-    }
-
-    /// Reads once, after what is held or into the shared buffer, and checks who sent it. `None`: nothing there now.
-    /// Otherwise the number of bytes that can be taken up.
-    fn receive(
-        &self,
-        connection: &mut Connection,
-        shared: &mut LockedBuffer,
-    ) -> Result<Option<usize>, Closed> {
-        let frame_max = self.core.borrow().limits().frame;
-        let room = match &mut connection.input {
-            Some(held) => {
-                match Frame::parse(held.bytes(), frame_max) {
-                    // Left over because the answers before it could not leave.
-                    Ok(Some(_)) | Err(_) if !held.bytes().is_empty() => return Ok(Some(held.end)),
-                    _ => {}
-                }
-                let granted = connection.grant.as_ref().map_or(SHORT_READ_LEN, |grant| grant.len);
-                if held.end >= held.buffer.len() || held.buffer.len() < SHORT_READ_LEN {
-                    // Doubled, never beyond what was granted: memory follows what has arrived.
-                    let wanted =
-                        held.end.saturating_mul(2).clamp(SHORT_READ_LEN, granted.max(SHORT_READ_LEN));
-                    held.buffer.grow(wanted).map_err(|_| Closed)?;
-                }
-                held.buffer.expose_secret_mut().get_mut(held.end..).unwrap_or_default()
-            }
-            None => {
-                let contended = self.pool.used_by(connection.peer.uid) > 0;
-                let limit = if contended { SHORT_READ_LEN } else { READ_LEN };
-                shared.expose_secret_mut().get_mut(..limit).unwrap_or_default()
-            }
-        };
-        let count = match receive_from(&connection.socket, connection.peer, room)? {
-            None => return Ok(None),
-            Some(count) => count,
-        };
-        Ok(Some(match &mut connection.input {
-            Some(held) => {
-                held.end = held.end.saturating_add(count);
-                held.end
-            }
-            None => count,
-        }))
-    }
-
-    /// Answers every whole frame in `bytes`, sends the answers, and says how many bytes were taken.
-    fn take_up(
-        &self,
-        connection: &mut Connection,
-        bytes: &[u8],
-        now: Now,
-        replies: &mut Replies,
-    ) -> Result<(usize, Stop), Closed> {
-        let mut core = self.core.borrow_mut();
-        let frame_max = core.limits().frame;
-        let around = self.surroundings();
-        let mut taken = 0;
-        loop {
-            let frame = match Frame::parse(bytes.get(taken..).unwrap_or_default(), frame_max) {
-                Ok(Some(frame)) => frame,
-                Ok(None) => {
-                    self.send(connection, replies)?;
-                    return Ok((taken, Stop::Partial));
-                }
-                Err(error) => {
-                    core.refuse_frame(error, replies);
-                    self.send(connection, replies)?;
-                    return Err(Closed);
-                }
-            };
-            // The one place where a panic is caught: it costs this connection, not everybody's keys.
-            let handled = catch_unwind(AssertUnwindSafe(|| {
-                core.handle(&mut connection.session, &frame, now, around, replies)
-            }));
-            taken = taken.saturating_add(frame.frame_len());
-            match handled {
-                Ok(Outcome::Continue) => {}
-                Ok(Outcome::Close) => {
-                    self.send(connection, replies)?;
-                    return Err(Closed);
-                }
-                Ok(Outcome::Derive(derivation, ticket)) => {
-                    self.send(connection, replies)?;
-                    return Ok((taken, Stop::Derive(derivation, ticket)));
-                }
-                Err(_) => {
-                    self.panics.set(self.panics.get().saturating_add(1));
-                    replies.clear();
+    fn advance(&mut self, key: Key, connection: &mut Connection, events: EpollFlags) -> Result<(), Closed> {
+        let gone = events.intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR);
+        match connection.wait {
+            Wait::Work | Wait::Memory(_) if gone => {
+                if connection.wait == Wait::Work || connection.input.is_some() {
                     return Err(Closed);
                 }
             }
-            if replies.waiting().len() >= FLUSH_LEN {
-                self.send(connection, replies)?;
-                if connection.output.is_some() {
-                    return Ok((taken, Stop::Blocked));
-                }
+            Wait::Work => return Ok(()),
+            Wait::Reader(last) => {
+                flush(connection)?;
+                return match (&connection.output, last) {
+                    (Some(_), _) => Ok(()),
+                    (None, true) => Err(Closed),
+                    (None, false) => self.settle(key, connection, true),
+                };
             }
+            Wait::Memory(_) if connection.input.is_some() => return Ok(()),
+            Wait::Request | Wait::Rest | Wait::Memory(_) => {}
+        }
+        if connection.input.is_some() {
+            self.advance_held(key, connection)
+        } else if self.pool.is_free_for(connection.peer.uid) {
+            self.advance_at_once(key, connection)
+        } else {
+            self.advance_whole(key, connection, events.contains(EpollFlags::EPOLLRDHUP))
         }
     }
 
-    /// Sends what it can now and keeps the rest for [`flush`]. A peer for whose unread answers there is no memory is
-    /// closed.
-    fn send(&self, connection: &mut Connection, replies: &mut Replies) -> Result<(), Closed> {
-        let sent = send_to(connection.socket.get_ref(), replies.waiting());
-        let kept = sent.and_then(|sent| {
-            let rest = replies.waiting().get(sent..).unwrap_or_default();
-            if rest.is_empty() {
-                return Ok(None);
+    /// Takes up what is held, or reads behind it and takes it up then.
+    fn advance_held(&mut self, key: Key, connection: &mut Connection) -> Result<(), Closed> {
+        let frame_max = self.desk.core.limits().frame;
+        let Some(mut held) = connection.input.take() else { return Ok(()) };
+        if let Ok(None) = Frame::parse(held.bytes(), frame_max) {
+            let room = held.room(frame_len(held.bytes(), frame_max).max(READ_LEN)).map_err(|_| Closed)?;
+            match connection.receive(room)? {
+                None => {
+                    connection.input = Some(held);
+                    return Ok(());
+                }
+                Some(count) => held.filled(count),
             }
-            if connection.grant.as_ref().is_none_or(|grant| grant.len < rest.len()) {
-                connection.grant = None;
-                connection.grant = Some(self.pool.grant(connection.peer.uid, rest.len()).ok_or(Closed)?);
+        }
+        let (now, around) = (self.warm_up(), self.surroundings());
+        let (taken, stop) = self.desk.take_up(&mut connection.session, held.bytes(), now, around);
+        held.consume(taken);
+        let grant = if held.bytes().is_empty() {
+            Some(held.release())
+        } else {
+            connection.input = Some(held);
+            None
+        };
+        self.after(key, connection, grant, taken, stop)
+    }
+
+    /// Reads, and holds what is left over. Nobody else of the uid holds anything, so there is memory for that, and for the
+    /// rest of the frame: this is how nobody comes to wait for memory while he holds some that another waits for.
+    fn advance_at_once(&mut self, key: Key, connection: &mut Connection) -> Result<(), Closed> {
+        let Some(len) = self.read_shared(|room| connection.receive(room), false)? else { return Ok(()) };
+        let (now, around) = (self.warm_up(), self.surroundings());
+        let bytes = self.input.expose_secret().get(..len).unwrap_or_default();
+        let (taken, stop) = self.desk.take_up(&mut connection.session, bytes, now, around);
+        let rest = bytes.get(taken..).unwrap_or_default();
+        let held = if rest.is_empty() || matches!(stop, Stop::Last) {
+            Ok(None)
+        } else {
+            let wanted = frame_len(rest, self.desk.core.limits().frame).max(rest.len()).max(READ_LEN);
+            let grant = self.pool.grant(connection.peer.uid, wanted).ok_or(Closed);
+            grant.and_then(|grant| Held::new(&[rest], grant).map(Some).map_err(|_| Closed))
+        };
+        self.input.wipe_range(0..len);
+        connection.input = held.inspect_err(|_| self.desk.replies.clear())?;
+        self.after(key, connection, None, taken, stop)
+    }
+
+    /// Looks at what is there and takes only what is whole: where others of the uid hold memory, the rest stays in the socket
+    /// until it is whole, or there is memory for it.
+    fn advance_whole(&mut self, key: Key, connection: &mut Connection, ended: bool) -> Result<(), Closed> {
+        let Some(len) = self.read_shared(|room| connection.look(room), true)? else { return Ok(()) };
+        let frame_max = self.desk.core.limits().frame;
+        let (now, around) = (self.warm_up(), self.surroundings());
+        let bytes = self.input.expose_secret().get(..len).unwrap_or_default();
+        if let Ok(None) = Frame::parse(bytes, frame_max) {
+            let frame_len = frame_len(bytes, frame_max);
+            self.input.wipe_range(0..len);
+            if frame_len == 0 {
+                //= docs/protocol.md#22-limits-and-what-ends-a-connection
+                //# a frame that is not whole 5 seconds after its first byte
+                let deadline = connection.deadline.or_else(|| Some(since_boot().saturating_add(DEADLINE)));
+                self.set_deadline(key, connection, deadline);
+                self.wait_for(key, connection, Wait::Rest);
+            } else {
+                self.wait_for_memory(key, connection, frame_len);
             }
-            Held::new(rest, rest.len(), self.memory).map(Some).map_err(|_| Closed)
-        });
-        replies.clear();
-        connection.output = kept?;
+            // Its end was told, and behind it nothing comes.
+            return if ended && frame_len <= SHARED_LEN { Err(Closed) } else { Ok(()) };
+        }
+        let (taken, stop) = self.desk.take_up(&mut connection.session, bytes, now, around);
+        let consumed = self.consume(connection, taken);
+        self.input.wipe_range(0..len);
+        consumed.inspect_err(|_| self.desk.replies.clear())?;
+        self.after(key, connection, None, taken, stop)
+    }
+
+    /// Takes bytes that were looked at out of the socket.
+    fn consume(&mut self, connection: &Connection, mut count: usize) -> Result<(), Closed> {
+        while count > 0 {
+            let room = self.input.expose_secret_mut().get_mut(..count).unwrap_or_default();
+            count = count.saturating_sub(connection.receive(room)?.ok_or(Closed)?);
+        }
         Ok(())
     }
 
+    /// Reads to the shared buffer: a little, and more when that begins a frame that fits there.
+    fn read_shared(
+        &mut self,
+        read: impl Fn(&mut [u8]) -> Result<Option<usize>, Closed>,
+        looks: bool,
+    ) -> Result<Option<usize>, Closed> {
+        let frame_max = self.desk.core.limits().frame;
+        let buffer = self.input.expose_secret_mut();
+        let Some(len) = read(buffer.get_mut(..READ_LEN).unwrap_or_default())? else { return Ok(None) };
+        let frame_len = frame_len(buffer.get(..len).unwrap_or_default(), frame_max);
+        if len < READ_LEN || frame_len <= READ_LEN || frame_len > SHARED_LEN {
+            return Ok(Some(len));
+        }
+        let from = if looks { 0 } else { len };
+        match read(buffer.get_mut(from..frame_len).unwrap_or_default()) {
+            Ok(more) => Ok(Some(more.map_or(len, |more| from.saturating_add(more)))),
+            Err(closed) => {
+                self.input.wipe_range(0..frame_len);
+                Err(closed)
+            }
+        }
+    }
+
+    /// Notes that there is something to do, and when.
+    fn warm_up(&mut self) -> Now {
+        let now = now();
+        self.last_request = now.boot;
+        self.warm = true;
+        now
+    }
+
     fn surroundings(&self) -> Surroundings {
-        Surroundings {
-            connections: self.connections.borrow().values().sum(),
-            frame_pool: self.pool.used.get(),
-            panics: self.panics.get(),
+        Surroundings { connections: self.open, frame_pool: self.pool.used(), panics: self.panics }
+    }
+
+    /// What comes after requests were taken up. The grant is that of the frame that is gone.
+    fn after(
+        &mut self,
+        key: Key,
+        connection: &mut Connection,
+        grant: Option<Grant>,
+        taken: usize,
+        stop: Stop,
+    ) -> Result<(), Closed> {
+        self.send(key, connection, grant)?;
+        match stop {
+            Stop::Partial | Stop::Turn => self.settle(key, connection, taken > 0),
+            Stop::Last if connection.output.is_none() => Err(Closed),
+            Stop::Last => {
+                connection.input = None;
+                self.set_deadline(key, connection, Some(since_boot().saturating_add(DEADLINE)));
+                self.wait_for(key, connection, Wait::Reader(true));
+                Ok(())
+            }
+            Stop::Work(derivation, ticket) => {
+                self.set_deadline(key, connection, None);
+                self.wait_for(key, connection, Wait::Work);
+                self.derive(key, derivation, ticket);
+                Ok(())
+            }
+        }
+    }
+
+    /// Sends what it can now and keeps the rest. A peer for whose unread replies there is no memory is closed.
+    fn send(&mut self, key: Key, connection: &mut Connection, grant: Option<Grant>) -> Result<(), Closed> {
+        let kept = self.send_or_keep(key, connection, grant);
+        self.desk.replies.clear();
+        kept
+    }
+
+    fn send_or_keep(
+        &mut self,
+        key: Key,
+        connection: &mut Connection,
+        grant: Option<Grant>,
+    ) -> Result<(), Closed> {
+        if self.desk.replies.waiting().is_empty() {
+            return Ok(());
+        }
+        // What was not sent before comes first.
+        let before = connection.output.take();
+        let sent = if before.is_none() { connection.send(self.desk.replies.waiting())? } else { 0 };
+        let rest = self.desk.replies.waiting().get(sent..).unwrap_or_default();
+        if rest.is_empty() {
+            return Ok(());
+        }
+        let len = rest.len().saturating_add(before.as_ref().map_or(0, |before| before.bytes().len()));
+        let granted = match grant {
+            Some(mut grant) => grant.resize(len).then_some(grant),
+            None => None,
+        };
+        let grant = match granted {
+            Some(grant) => grant,
+            None => loop {
+                match self.pool.grant(connection.peer.uid, len) {
+                    Some(grant) => break grant,
+                    //= docs/protocol.md#6-hello-and-the-order-of-messages
+                    //# it MAY end a connection whose replies are not read when it has no memory left to keep them.
+                    None if self.end_overdue(connection.peer.uid, key) => {}
+                    None => return Err(Closed),
+                }
+            },
+        };
+        let rest = self.desk.replies.waiting().get(sent..).unwrap_or_default();
+        let front = before.as_ref().map_or(&[][..], Held::bytes);
+        connection.output = Some(Held::new(&[front, rest], grant).map_err(|_| Closed)?);
+        Ok(())
+    }
+
+    /// Has a connection wait for what it needs next.
+    fn settle(&mut self, key: Key, connection: &mut Connection, progress: bool) -> Result<(), Closed> {
+        if connection.output.is_some() {
+            if connection.wait != Wait::Reader(false) {
+                self.set_deadline(key, connection, Some(since_boot().saturating_add(DEADLINE)));
+                self.wait_for(key, connection, Wait::Reader(false));
+            }
+            return Ok(());
+        }
+        self.set_overdue(key, connection, None);
+        let frame_max = self.desk.core.limits().frame;
+        let mut partial = false;
+        if let Some(held) = &mut connection.input {
+            if !matches!(Frame::parse(held.bytes(), frame_max), Ok(None)) {
+                self.again.push(key);
+            } else {
+                partial = true;
+                let wanted = frame_len(held.bytes(), frame_max).max(READ_LEN);
+                let queued = self.waiting.contains_key(&connection.peer.uid);
+                let grant = held.grant();
+                if grant.len() < wanted && (queued || !grant.resize(wanted)) {
+                    self.wait_for_memory(key, connection, wanted);
+                    return Ok(());
+                }
+            }
+        }
+        let deadline = match connection.deadline {
+            _ if !partial && connection.session.greeted() => None,
+            Some(deadline) if !progress => Some(deadline),
+            _ => Some(since_boot().saturating_add(DEADLINE)),
+        };
+        self.set_deadline(key, connection, deadline);
+        self.wait_for(key, connection, Wait::Request);
+        Ok(())
+    }
+
+    fn wait_for(&mut self, key: Key, connection: &mut Connection, wait: Wait) {
+        if matches!(connection.wait, Wait::Memory(_)) && !matches!(wait, Wait::Memory(_)) {
+            self.leave_queue(key, connection);
+        }
+        connection.wait = wait;
+        let events = wait.events(connection.input.is_some());
+        if events != connection.events {
+            connection.events = events;
+            if let Err(errno) = self.epoll.modify(&*connection, &mut EpollEvent::new(events, key.0)) {
+                tracing::error!(%errno, "a connection cannot be watched");
+            }
+        }
+    }
+
+    //= docs/protocol.md#22-limits-and-what-ends-a-connection
+    //# Time in which the agent does not read, for want of memory or because its replies are not read, does not
+    //# count towards the 5 seconds.
+    fn wait_for_memory(&mut self, key: Key, connection: &mut Connection, len: usize) {
+        if !matches!(connection.wait, Wait::Memory(_)) {
+            self.waiting.entry(connection.peer.uid).or_default().push_back(key);
+            self.set_deadline(key, connection, None);
+        }
+        self.wait_for(key, connection, Wait::Memory(len));
+        // It may be there already.
+        self.hand_out = true;
+    }
+
+    fn leave_queue(&mut self, key: Key, connection: &Connection) {
+        if matches!(connection.wait, Wait::Memory(_))
+            && let Some(queue) = self.waiting.get_mut(&connection.peer.uid)
+        {
+            queue.retain(|waiting| *waiting != key);
+            if queue.is_empty() {
+                self.waiting.remove(&connection.peer.uid);
+            }
+            self.hand_out = true;
+        }
+    }
+
+    /// Gives memory that came back to who waits for it, in the order of coming; first it takes what others of the uid have had
+    /// too long.
+    fn hand_out_memory(&mut self) {
+        if !(self.pool.take_freed() | std::mem::take(&mut self.hand_out)) {
+            return;
+        }
+        let uids: Vec<u32> = self.waiting.keys().copied().collect();
+        for uid in uids {
+            while let Some(key) = self.waiting.get(&uid).and_then(VecDeque::front).copied() {
+                // Whoever ends or waits for something else leaves the queue first.
+                let Some(mut connection) = self.take(key) else { break };
+                let granted = self.give_memory(&mut connection);
+                if let Ok(true) = granted {
+                    self.set_deadline(key, &mut connection, Some(since_boot().saturating_add(DEADLINE)));
+                    self.wait_for(key, &mut connection, Wait::Request);
+                }
+                match granted {
+                    Ok(true) => self.put(key, connection),
+                    Err(Closed) => self.end(key, connection),
+                    Ok(false) => {
+                        self.put(key, connection);
+                        if !self.end_overdue(uid, key) {
+                            break;
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Gives a connection the memory that it waits for; says whether it could.
+    fn give_memory(&self, connection: &mut Connection) -> Result<bool, Closed> {
+        let Wait::Memory(len) = connection.wait else { return Ok(true) };
+        match &mut connection.input {
+            Some(held) => Ok(held.grant().resize(len)),
+            None => match self.pool.grant(connection.peer.uid, len) {
+                Some(grant) => {
+                    connection.input = Some(Held::new(&[], grant).map_err(|_| Closed)?);
+                    Ok(true)
+                }
+                None => Ok(false),
+            },
+        }
+    }
+
+    /// Ends the connection of this uid whose replies were not read for the longest time, if there is one beyond its time.
+    fn end_overdue(&mut self, uid: u32, except: Key) -> bool {
+        let of_uid = (uid, Duration::ZERO, Key(0))..=(uid, Duration::MAX, Key(u64::MAX));
+        let found = self.overdue.range(of_uid).map(|(_, _, key)| *key).find(|key| *key != except);
+        let Some((key, connection)) = found.and_then(|key| Some((key, self.take(key)?))) else {
+            return false;
+        };
+        tracing::warn!(uid, "closed a connection: its replies are not read, and others need the memory");
+        self.end(key, connection);
+        true
+    }
+
+    fn set_deadline(&mut self, key: Key, connection: &mut Connection, deadline: Option<Duration>) {
+        if connection.deadline != deadline {
+            connection.deadline.map(|old| self.deadlines.remove(&(old, key)));
+            deadline.map(|new| self.deadlines.insert((new, key)));
+            connection.deadline = deadline;
+        }
+    }
+
+    fn set_overdue(&mut self, key: Key, connection: &mut Connection, since: Option<Duration>) {
+        if connection.overdue != since {
+            let uid = connection.peer.uid;
+            connection.overdue.map(|old| self.overdue.remove(&(uid, old, key)));
+            since.map(|new| self.overdue.insert((uid, new, key)));
+            connection.overdue = since;
+        }
+    }
+
+    /// Has the timer ring when something is to be done next. It may ring too early, never too late.
+    fn set_alarm(&mut self) {
+        let next = [
+            self.deadlines.first().map(|(deadline, _)| *deadline),
+            self.warm.then(|| self.last_request.saturating_add(COOL_AFTER)),
+            self.accept_after,
+            self.desk.core.next_deadline(),
+        ];
+        let Some(next) = next.into_iter().flatten().min() else { return };
+        if self.alarm.is_none_or(|alarm| next < alarm) {
+            // Zero would mean never, and what no kernel counts to is far enough away.
+            let next = next.clamp(Duration::from_nanos(1), FAR);
+            let at = Expiration::OneShot(TimeSpec::from_duration(next));
+            match self.timer.set(at, TimerSetTimeFlags::TFD_TIMER_ABSTIME) {
+                Ok(()) => self.alarm = Some(next),
+                Err(errno) => tracing::error!(%errno, "the timer cannot be set"),
+            }
+        }
+    }
+
+    /// Does what is due.
+    fn ring(&mut self) {
+        self.alarm = None;
+        // Only to make it silent.
+        let _ = self.timer.wait();
+        let now = since_boot();
+        while let Some((deadline, key)) =
+            self.deadlines.first().copied().filter(|(deadline, _)| *deadline <= now)
+        {
+            let Some(mut connection) = self.take(key) else {
+                self.deadlines.remove(&(deadline, key));
+                continue;
+            };
+            if connection.wait == Wait::Reader(false) {
+                // A reader that is only slow costs nobody anything; one that others wait for does.
+                self.set_deadline(key, &mut connection, None);
+                self.set_overdue(key, &mut connection, Some(deadline));
+                self.put(key, connection);
+                self.hand_out = true;
+            } else {
+                self.end(key, connection);
+            }
+        }
+        if self.accept_after.is_some_and(|after| after <= now) {
+            self.accept_after = None;
+            self.listen(true);
+        }
+        self.desk.core.expire(self::now());
+        if self.warm && self.last_request.saturating_add(COOL_AFTER) <= now {
+            self.warm = false;
+            self.desk.core.cool();
+            self.desk.replies.shrink(self.memory);
+            self.pool.cool();
+        }
+    }
+
+    /// Has the work done on a thread of its own, whether the peer stays or not.
+    fn derive(&mut self, connection: Key, derivation: Box<Derivation>, ticket: Ticket) {
+        self.ticket = Some(ticket);
+        let (done, work) = (self.done.0.clone(), Arc::clone(&self.work));
+        let started = thread::Builder::new().name("derivation".to_owned()).spawn(move || {
+            let key = catch_unwind(AssertUnwindSafe(|| derivation.run())).ok().flatten();
+            // The receiver lives as long as the agent.
+            let _ = done.send(Done { connection, key });
+            let _ = work.write(1);
+        });
+        if started.is_err() {
+            let _ = self.done.0.send(Done { connection, key: None });
+            let _ = self.work.write(1);
+        }
+    }
+
+    fn take_results(&mut self) {
+        // Only to make it silent.
+        let _ = self.work.read();
+        while let Ok(Done { connection: key, key: derived }) = self.done.1.try_recv() {
+            let Some(ticket) = self.ticket.take() else { continue };
+            let connection = self.take(key);
+            let now = self.warm_up();
+            match connection {
+                Some(connection) => self.go_on(key, connection, |server, connection| {
+                    server.desk.core.derived(ticket, derived, now, &mut server.desk.replies);
+                    server.send(key, connection, None)?;
+                    server.settle(key, connection, true)
+                }),
+                None => {
+                    self.desk.core.derived(ticket, derived, now, &mut self.desk.replies);
+                    self.desk.replies.clear();
+                }
+            }
         }
     }
 }
 
-/// Sends the replies that wait, as the peer reads them; says whether it had to wait for that.
-async fn flush(connection: &mut Connection) -> Result<bool, Closed> {
-    let mut writable = None;
-    while let Some(held) = &mut connection.output {
-        let sent = send_to(connection.socket.get_ref(), held.bytes())?;
-        held.start = held.start.saturating_add(sent);
-        if held.bytes().is_empty() {
-            connection.output = None;
-        } else if sent == 0 {
-            // Registered apart, and only while it is waited for.
-            let watched = match writable.take() {
-                Some(watched) => watched,
-                None => {
-                    let again = connection.socket.get_ref().try_clone();
-                    again.and_then(|again| sys::watch(again, Interest::WRITABLE)).map_err(|_| Closed)?
+/// Answers requests; between two turns it has nothing to say.
+struct Desk<R, A> {
+    core: Core<R, A>,
+    replies: Replies,
+}
+
+impl<R: Random, A: Audit> Desk<R, A> {
+    /// Answers every whole frame in `bytes` until the turn is over, and says how many bytes were taken.
+    fn take_up(
+        &mut self,
+        session: &mut Session,
+        bytes: &[u8],
+        now: Now,
+        around: Surroundings,
+    ) -> (usize, Stop) {
+        let frame_max = self.core.limits().frame;
+        let mut taken = 0;
+        let mut requests = 0;
+        let stop = loop {
+            let frame = match Frame::parse(bytes.get(taken..).unwrap_or_default(), frame_max) {
+                Ok(Some(frame)) => frame,
+                Ok(None) => break Stop::Partial,
+                Err(error) => {
+                    self.core.refuse_frame(error, &mut self.replies);
+                    break Stop::Last;
                 }
             };
-            watched.writable().await.map_err(|_| Closed)?.clear_ready();
-            writable = Some(watched);
-        }
-    }
-    Ok(writable.is_some())
-}
-
-/// One `send`, without a signal. 0 when the peer's buffer is full.
-fn send_to(socket: &OwnedFd, bytes: &[u8]) -> Result<usize, Closed> {
-    if bytes.is_empty() {
-        return Ok(0);
-    }
-    loop {
-        match send(socket.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT) {
-            Err(Errno::EINTR) => {}
-            Err(Errno::EAGAIN) => return Ok(0),
-            sent => return sent.map_err(|_| Closed),
-        }
+            if requests == TURN_REQUESTS || self.replies.waiting().len() >= FLUSH_LEN {
+                break Stop::Turn;
+            }
+            requests = requests.saturating_add(1);
+            taken = taken.saturating_add(frame.frame_len());
+            match self.core.handle(session, &frame, now, around, &mut self.replies) {
+                Outcome::Continue => {}
+                Outcome::Close => break Stop::Last,
+                Outcome::Derive(derivation, ticket) => break Stop::Work(derivation, ticket),
+            }
+        };
+        self.core.end_batch();
+        (taken, stop)
     }
 }
 
-/// One `recvmsg` with room for the sender's credentials and nothing else. A sender of another uid, a message without
-/// credentials, or one that carried more than fits, ends the connection.
-fn receive_from(socket: &AsyncFd<OwnedFd>, peer: Peer, room: &mut [u8]) -> Result<Option<usize>, Closed> {
-    // One ucred in its control message: 16 bytes of head, 12 of credentials, aligned.
-    let mut control = [0; 32];
-    let received = socket.try_io(Interest::READABLE, |socket| {
-        let mut buffers = [IoSliceMut::new(room)];
-        let message = recvmsg::<()>(
-            socket.as_raw_fd(),
-            &mut buffers,
-            Some(&mut control),
-            MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC,
-        )
-        .map_err(io::Error::from)?;
-        if message.bytes == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
+/// Sends the replies that wait, as the peer reads them.
+fn flush(connection: &mut Connection) -> Result<(), Closed> {
+    if let Some(mut held) = connection.output.take() {
+        let sent = connection.send(held.bytes())?;
+        held.consume(sent);
+        if held.bytes().is_empty() {
+            held.release();
+        } else {
+            connection.output = Some(held);
         }
-        let sender = message.cmsgs().ok().and_then(|mut messages| match messages.next() {
-            Some(ControlMessageOwned::ScmCredentials(sender)) => Some(sender.uid()),
-            _ => None,
-        });
-        let truncated = message.flags.contains(MsgFlags::MSG_CTRUNC);
-        Ok((message.bytes, sender.filter(|_| !truncated)))
-    });
-    match received {
-        Ok((count, Some(uid))) if uid == peer.uid => Ok(Some(count)),
-        Ok((_, sender)) => {
-            tracing::warn!(uid = peer.uid, sender, "closed a connection: a message was not its peer's own");
-            Err(Closed)
-        }
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
-        Err(_) => Err(Closed),
     }
+    Ok(())
 }
 
-const _: () = assert!(FRAME_HEAD_LEN <= SHORT_READ_LEN);
+/// Length of the frame that begins here, 0 while its head has not all arrived or is none.
+fn frame_len(bytes: &[u8], frame_max: usize) -> usize {
+    let head = FrameHead::parse(bytes, frame_max).ok().flatten();
+    head.map_or(0, |head| usize::try_from(head.frame_len()).unwrap_or(usize::MAX))
+}
+
+const _: () = assert!(READ_LEN <= SHARED_LEN);

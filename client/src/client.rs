@@ -4,30 +4,34 @@
 //! arrive in memory that is wiped.
 
 use std::{
-    collections::VecDeque,
+    collections::{HashMap, VecDeque},
     num::NonZeroU64,
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use kms_envelope::{ContextRef, KEY_LEN, STREAM_HEAD_LEN};
+use kms_envelope::{ContextRef, DIGEST_LEN, INPUT_TAG_LEN, KEY_LEN, STREAM_HEAD_LEN};
 use kms_protocol::{
     Added, Bound, Description, Exported, KeyRef, KeyRow, Listed, LockState, Opcode, Removed, RemovedAll,
-    Renamed, Rotated, StatsReply, StatusReply, Verified, Welcome,
+    Renamed, Request, Rotated, StatsReply, Status, StatusReply, Verified, Welcome,
 };
 use kms_secret_memory::{Secret, SecretVec};
 
 use crate::{
-    connection::Connection,
+    connection::{Call, Connection, Route, Unanswered, pause_for},
     error::{Error, ReplyError},
-    locate::{Surroundings, Trust, find},
-    operations::{self, DIGEST_LEN, DataKey, MAC_LEN, Moved, Operation},
+    operations::{self, DataKey, Moved, Operation},
     remote::{RemoteOpening, RemoteSealing},
+    retry::{Trouble, is_passing},
     stream::{LocalOpening, LocalSealing},
+    wire,
 };
 
 /// How long an answer may take.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long an operation goes on over broken connections: an agent that is started anew is there again by then.
+const RETRY: Duration = Duration::from_secs(5);
 
 /// How long an answer may take for which the agent has to put a passphrase through a function that is slow on purpose.
 const PASSPHRASE_ANSWER_LIMIT: Duration = Duration::from_secs(120);
@@ -42,14 +46,20 @@ pub struct Options {
     pub socket: Option<PathBuf>,
     /// A uid that may serve, besides our own, root, and whoever root gave the socket's directory to.
     pub server_uid: Option<u32>,
-    /// How long an answer may take; `lock` and `unlock` are given at least two minutes.
+    /// How long an answer may take; `lock`, `unlock` and `export` are given at least two minutes.
     pub timeout: Duration,
+    /// How long an operation goes on after its connection broke or the agent was busy: it connects anew, checks anew who serves,
+    /// binds anew the numbers that it uses, and sends the same bytes again. What makes or changes a key is known to the agent by its
+    /// token and is not done twice. What does not change a key is simply asked for again, and may count as one more use of a key with
+    /// `max_uses`. Not repeated, once sent: [`Client::lock`], [`Client::unlock`], and streams through the agent. A refusal other than
+    /// `busy` is never repeated. Zero: one connection, one attempt.
+    pub retry: Duration,
 }
 
 impl Default for Options {
-    /// Nothing named, 10 seconds.
+    /// Nothing named, 10 seconds for an answer, 5 seconds of retry.
     fn default() -> Self {
-        Self { socket: None, server_uid: None, timeout: ANSWER_LIMIT }
+        Self { socket: None, server_uid: None, timeout: ANSWER_LIMIT, retry: RETRY }
     }
 }
 
@@ -75,26 +85,36 @@ impl Default for Options {
 /// ```
 pub struct Client {
     pub(crate) connection: Connection,
-    pub(crate) timeout: Duration,
+    pub(crate) route: Route,
+    pub(crate) retry: Duration,
+    pub(crate) bindings: HashMap<u32, Binding>,
+}
+
+/// A number that stands for a key.
+#[derive(Clone, Copy)]
+pub(crate) struct Binding {
+    pub(crate) id: [u8; 16],
+    /// The agent knows it on the connection that there is now.
+    pub(crate) here: bool,
 }
 
 impl Client {
     /// Finds the agent, checks who serves, and says hello. Nothing is sent to a server that is not trusted.
     ///
+    /// A process that inherits a client over a fork never uses its connection: the first operation connects anew.
+    ///
     /// # Errors
     /// No agent, an agent that is not trusted or does not answer ([`Error::exit_code`] 2), or one that refuses the hello.
     pub fn connect(options: &Options) -> Result<Self, Error> {
-        let surroundings = Surroundings::of_process();
-        let path = find(options.socket.as_deref(), &surroundings)?;
-        let trust = Trust::examine(&path, surroundings.uid, options.server_uid)?;
-        let connection = Connection::open(&path, &trust, options.timeout)?;
-        Ok(Self { connection, timeout: options.timeout })
+        let route = Route::find(options)?;
+        let connection = route.connect()?;
+        Ok(Self { connection, route, retry: options.retry, bindings: HashMap::new() })
     }
 
     /// The socket of the agent.
     #[must_use]
     pub fn socket(&self) -> &Path {
-        &self.connection.path
+        &self.route.path
     }
 
     /// The uid of the agent.
@@ -327,7 +347,7 @@ impl Client {
         key: KeyRef<'_>,
         context: ContextRef<'_>,
         digest: &[u8; DIGEST_LEN],
-    ) -> Result<[u8; MAC_LEN], Error> {
+    ) -> Result<[u8; INPUT_TAG_LEN], Error> {
         self.run(&operations::mac(key, context, digest))
     }
 
@@ -339,7 +359,7 @@ impl Client {
         &mut self,
         key: KeyRef<'_>,
         context: ContextRef<'_>,
-        tag: &[u8; MAC_LEN],
+        tag: &[u8; INPUT_TAG_LEN],
         digest: &[u8; DIGEST_LEN],
     ) -> Result<(), Error> {
         self.run(&operations::mac_verify(key, context, &operations::tagged(tag, digest)))
@@ -353,12 +373,15 @@ impl Client {
         self.run(&operations::random(length)?)
     }
 
-    /// Gives a key a number on this connection, [`KeyRef::Bound`], which is shorter than a name and spares the agent the search.
+    /// Gives a key a number, [`KeyRef::Bound`], which is shorter than a name and spares the agent the search. It stands for that very
+    /// key, whatever its name becomes, also after the client had to connect anew.
     ///
     /// # Errors
     /// As [`ping`](Self::ping); `limit` for the 1,025th number.
     pub fn bind(&mut self, number: u32, key: KeyRef<'_>) -> Result<Bound, Error> {
-        self.run(&operations::bind(number, key))
+        let bound = self.run(&operations::bind(number, key))?;
+        self.bindings.insert(number, Binding { id: bound.id, here: true });
+        Ok(bound)
     }
 
     /// A new stream, whose data stays in this process.
@@ -443,26 +466,133 @@ impl Client {
 
     /// Sends a request and takes what was asked for out of its reply.
     pub(crate) fn run<T>(&mut self, operation: &Operation<'_, T>) -> Result<T, Error> {
-        let limit = match operation.request.opcode() {
-            Opcode::Lock | Opcode::Unlock | Opcode::Export => self.timeout.max(PASSPHRASE_ANSWER_LIMIT),
-            _ => self.timeout,
-        };
-        let call = self.connection.call(&operation.request, limit)?;
+        let call = self.answer(&operation.request, &wire::bound_numbers(&operation.request))?;
         let done = call.accept().and_then(|reply| Ok((operation.read)(reply, &operation.expect)?));
-        //= docs/protocol.md#22-limits-and-what-ends-a-connection
-        //# A client that receives a frame that it cannot decode, a request id that it is not waiting for, or a payload where none belongs MUST end the
-        //# connection, and MUST NOT use any part of that reply.
-        done.inspect_err(|error| {
-            if matches!(error, Error::Reply(_)) {
-                self.connection.break_off();
-            }
+        done.map_err(|error| match error {
+            Error::Reply(error) => self.disbelieve(error),
+            error => error,
         })
     }
 
+    //= docs/protocol.md#tokens
+    //# So a client whose connection broke connects anew and sends the same bytes again.
+    /// The reply to a request that names these bound numbers, over as many connections as it takes.
+    pub(crate) fn answer(&mut self, request: &Request<'_>, bound: &[Option<u32>]) -> Result<Call, Error> {
+        let mut trouble = Trouble::new(self.retry);
+        let mut frame = None;
+        loop {
+            let (pause, answer) = match self.attempt(request, bound, &mut frame) {
+                Ok(call) => (
+                    busy(call.accept().err().as_ref()).and_then(|after| trouble.busy(Instant::now(), after)),
+                    Ok(call),
+                ),
+                Err(Unanswered { error, sent }) => {
+                    let again = is_passing(&error) && (!sent || wire::is_repeatable(request.opcode()));
+                    let pause = match busy(Some(&error)) {
+                        Some(after) => trouble.busy(Instant::now(), after),
+                        None if again => trouble.lost(Instant::now()),
+                        None => None,
+                    };
+                    (pause, Err(error))
+                }
+            };
+            match pause {
+                Some(time) => pause_for(time),
+                None => return answer,
+            }
+        }
+    }
+
+    /// The frame is made once, with the first id that it gets.
+    fn attempt(
+        &mut self,
+        request: &Request<'_>,
+        bound: &[Option<u32>],
+        frame: &mut Option<(u32, SecretVec)>,
+    ) -> Result<Call, Unanswered> {
+        let unsent = |error| Unanswered { error, sent: false };
+        self.reconnect().map_err(unsent)?;
+        let operation = request.opcode();
+        //= docs/protocol.md#51-welcome
+        //# A client MUST go by these numbers, not by those of this text, and MUST NOT send an opcode that is not listed.
+        if !self.connection.welcome.opcodes.contains(&operation.code()) {
+            let retry_after = Duration::ZERO;
+            return Err(unsent(Error::Refused { operation, status: Status::Unsupported, retry_after }));
+        }
+        self.bind_anew(operation, bound).map_err(unsent)?;
+        let max = self.connection.sender.frame_max;
+        if frame.is_none() {
+            let id = self.connection.sender.next_id();
+            *frame = Some((id, wire::encode(request, id, max).map_err(unsent)?));
+        }
+        let frame = frame.as_ref().filter(|(_, frame)| frame.len() <= max);
+        let (id, frame) = frame.ok_or_else(|| unsent(Error::TooLong { what: "request", max }))?;
+        self.connection.ask(operation, *id, frame.expose_secret(), self.patience(operation))
+    }
+
+    fn patience(&self, operation: Opcode) -> Duration {
+        answer_limit(operation, self.route.timeout)
+    }
+
+    /// Sees to a connection that can be used, and is ours.
+    fn reconnect(&mut self) -> Result<(), Error> {
+        let inherited = self.connection.is_inherited();
+        match self.connection.usable() {
+            Err(_) if inherited || !self.retry.is_zero() => {
+                // The old one is closed, and not shut down: it may be our parent's.
+                self.connection = self.route.connect()?;
+                self.bindings.values_mut().for_each(|binding| binding.here = false);
+                Ok(())
+            }
+            usable => usable,
+        }
+    }
+
+    /// Binds again the numbers that `operation` is about to use, by the ids of their keys.
+    fn bind_anew(&mut self, operation: Opcode, bound: &[Option<u32>]) -> Result<(), Error> {
+        for number in bound.iter().flatten() {
+            let Some(binding) = self.bindings.get_mut(number).filter(|binding| !binding.here) else {
+                continue;
+            };
+            let again = operations::bind(*number, KeyRef::Id(binding.id));
+            let call = self.connection.call(&again.request, self.route.timeout)?;
+            match call.accept().and_then(|reply| Ok((again.read)(reply, &again.expect)?)) {
+                Ok(_) => binding.here = true,
+                Err(Error::Refused { status, retry_after, .. }) => {
+                    return Err(Error::Refused { operation, status, retry_after });
+                }
+                Err(error) => {
+                    self.connection.break_off();
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Ends the connection over answers that make no sense together.
-    fn disbelieve(&mut self, error: ReplyError) -> Error {
+    pub(crate) fn disbelieve(&mut self, error: ReplyError) -> Error {
+        //= docs/protocol.md#22-limits-and-what-ends-a-connection
+        //# A client that receives a frame that it cannot decode, a request id that it is not waiting for, or a payload where none belongs MUST end the
+        //# connection, and MUST NOT use any part of that reply.
         self.connection.break_off();
         error.into()
+    }
+}
+
+/// How long the answer to `operation` may take.
+pub(crate) fn answer_limit(operation: Opcode, timeout: Duration) -> Duration {
+    match operation {
+        Opcode::Lock | Opcode::Unlock | Opcode::Export => timeout.max(PASSPHRASE_ANSWER_LIMIT),
+        _ => timeout,
+    }
+}
+
+/// When a busy agent wants to be asked again.
+fn busy(error: Option<&Error>) -> Option<Duration> {
+    match error {
+        Some(Error::Refused { status: Status::Busy, retry_after, .. }) => Some(*retry_after),
+        _ => None,
     }
 }
 

@@ -14,15 +14,15 @@ mod locate;
 mod operations;
 mod pump;
 mod remote;
+mod retry;
 mod stream;
-#[cfg(feature = "cli")]
 mod sys;
 mod wire;
 
 #[cfg(test)]
 mod tests;
 
-pub use kms_envelope::{ContextRef, EncryptionContext, Header, KeyId, Purpose};
+pub use kms_envelope::{ContextRef, DIGEST_LEN, EncryptionContext, Header, INPUT_TAG_LEN, KeyId, Purpose};
 pub use kms_protocol::{
     Added, Bound, Constraint, Description, Exported, Fact, KeyName, KeyRef, KeyRow, KeyState, LockState,
     Opcode, OperationCount, Removed, RemovedAll, Renamed, Rotated, StatsReply, Status, StatusReply, Value,
@@ -33,7 +33,7 @@ pub use kms_secret_memory::{Secret, SecretVec};
 pub use crate::{
     client::{Client, Keys, NewKey, Options},
     error::{Error, ReplyError},
-    operations::{DIGEST_LEN, DataKey, MAC_LEN, Moved},
+    operations::{DataKey, Moved},
     remote::{RemoteOpening, RemoteSealing},
     stream::{Head, Input, LocalOpening, LocalSealing, Output, Progress},
 };

@@ -7,8 +7,8 @@
 use std::time::Duration;
 
 use kms_envelope::{
-    Body, ContextRef, HEADER_LEN, Header, KEY_LEN, KeyId, MESSAGE_MAX, MessageKey, NONCE_LEN, Purpose,
-    STREAM_HEAD_LEN, message_len, message_plaintext_len,
+    Body, ContextRef, DIGEST_LEN, HEADER_LEN, Header, INPUT_TAG_LEN, KEY_LEN, KeyId, MESSAGE_MAX, MessageKey,
+    NONCE_LEN, Purpose, STREAM_HEAD_LEN, message_len, message_plaintext_len,
 };
 use kms_protocol::{
     Add, Added, Bind, Bound, Constraint, DATA_KEY_MAX, Describe, Description, Export, Exported,
@@ -25,12 +25,6 @@ use crate::{
     stream::{LocalOpening, LocalSealing},
     wire::Accepted,
 };
-
-/// Length of the digest that a tag is made of: SHA-512, in bytes.
-pub const DIGEST_LEN: usize = 64;
-
-/// Length of the tag of an input (`docs/formats.md`, section 9.1), in bytes.
-pub const MAC_LEN: usize = 60;
 
 /// Stack that an operation on a message key may have used, in bytes.
 const STACK_USED: usize = 8192;
@@ -417,10 +411,12 @@ pub(crate) fn mac<'a>(
     key: KeyRef<'a>,
     context: ContextRef<'a>,
     digest: &'a [u8; DIGEST_LEN],
-) -> Operation<'a, [u8; MAC_LEN]> {
+) -> Operation<'a, [u8; INPUT_TAG_LEN]> {
     let fields = KeyAndContext { key, context: context.as_bytes() };
-    operation(Request::Mac { fields, digest }, Expect::of(key).len(MAC_LEN), |reply, _| {
-        reply.payload()?.try_into().map_err(|_| ReplyError::Shape)
+    operation(Request::Mac { fields, digest }, Expect::of(key).len(INPUT_TAG_LEN), |reply, expect| {
+        let tag = reply.payload()?;
+        expect.sealed(Purpose::Tag, tag, INPUT_TAG_LEN)?;
+        tag.try_into().map_err(|_| ReplyError::Shape)
     })
 }
 
@@ -428,16 +424,19 @@ pub(crate) fn mac<'a>(
 pub(crate) fn mac_verify<'a>(
     key: KeyRef<'a>,
     context: ContextRef<'a>,
-    tag_and_digest: &'a [u8; MAC_LEN + DIGEST_LEN],
+    tag_and_digest: &'a [u8; INPUT_TAG_LEN + DIGEST_LEN],
 ) -> Operation<'a, ()> {
     let fields = KeyAndContext { key, context: context.as_bytes() };
     operation(Request::MacVerify { fields, tag_and_digest }, Expect::of(key), nothing)
 }
 
 /// The payload of `mac-verify`.
-pub(crate) fn tagged(tag: &[u8; MAC_LEN], digest: &[u8; DIGEST_LEN]) -> [u8; MAC_LEN + DIGEST_LEN] {
-    let mut both = [0; MAC_LEN + DIGEST_LEN];
-    let (first, second) = both.split_at_mut(MAC_LEN);
+pub(crate) fn tagged(
+    tag: &[u8; INPUT_TAG_LEN],
+    digest: &[u8; DIGEST_LEN],
+) -> [u8; INPUT_TAG_LEN + DIGEST_LEN] {
+    let mut both = [0; INPUT_TAG_LEN + DIGEST_LEN];
+    let (first, second) = both.split_at_mut(INPUT_TAG_LEN);
     first.copy_from_slice(tag);
     second.copy_from_slice(digest);
     both

@@ -99,7 +99,7 @@ impl<'a> RemoteOpening<'a> {
             input.read_last(last.as_mut_slice())?;
             let fields = RemoteChunks { stream: self.stream, first };
             let request = Request::RemoteStreamDecrypt { fields, chunks: last.expose_secret() };
-            let call = self.client.connection.call(&request, self.client.timeout)?;
+            let call = self.client.connection.call(&request, self.client.route.timeout)?;
             let opened = call.accept().and_then(|reply| Ok(reply.payload()?.len()));
             if !matches!(&opened, Ok(opened) if *opened == len.saturating_sub(TAG_LEN)) {
                 let error = opened.map_or_else(|error| error, |_| ReplyError::Shape.into());
@@ -118,7 +118,7 @@ impl<'a> RemoteOpening<'a> {
 fn close(client: &mut Client, stream: u32) {
     let closed = client
         .connection
-        .call(&Request::RemoteStreamClose(RemoteStream { stream }), client.timeout)
+        .call(&Request::RemoteStreamClose(RemoteStream { stream }), client.route.timeout)
         .and_then(|call| Ok(call.accept()?.fields(decode_fields::<NoFields>)?));
     if matches!(closed, Err(Error::Reply(_))) {
         client.connection.break_off();
@@ -182,7 +182,7 @@ impl<'a, 'i, 'o> Run<'a, 'i, 'o> {
 
     fn run(self) -> Result<u64, Error> {
         self.client.connection.usable()?;
-        let limit = self.client.timeout;
+        let limit = self.client.route.timeout;
         let Self { client, stream, direction, input, output, progress, chunks } = self;
         let Connection { sender, receiver, .. } = &mut client.connection;
         let stream = Stream { number: stream, direction, chunks };

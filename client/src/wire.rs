@@ -5,11 +5,16 @@
 use std::time::Duration;
 
 use kms_protocol::{
-    Frame, Malformed, NoFields, Opcode, Refusal, Request, Status, begin_frame, decode_fields, frame_len,
+    Frame, FrameHead, KeyRef, Malformed, NoFields, Opcode, Refusal, Request, Status, begin_frame,
+    decode_fields, frame_len,
 };
 use kms_secret_memory::SecretVec;
+use zeroize::Zeroize;
 
 use crate::error::{Error, ReplyError};
+
+/// Holds a hello's reply and every other reply without data, so that such a reply takes one call.
+const INBOX_LEN: usize = 8 * 1024;
 
 /// The frame of a request.
 ///
@@ -138,5 +143,184 @@ impl<'a> Accepted<'a> {
         decode: fn(&'a [u8]) -> Result<T, Malformed>,
     ) -> Result<(T, &'a [u8]), ReplyError> {
         Ok((decode(self.fields).map_err(|_| ReplyError::Shape)?, self.payload))
+    }
+}
+
+/// The numbers by which a request names bound keys.
+pub(crate) fn bound_numbers(request: &Request<'_>) -> [Option<u32>; 2] {
+    let number = |key: &KeyRef<'_>| match key {
+        KeyRef::Bound(number) => Some(*number),
+        KeyRef::Name(_) | KeyRef::Id(_) => None,
+    };
+    let key = match request {
+        Request::Hello(_)
+        | Request::Ping
+        | Request::Status
+        | Request::Stats
+        | Request::Lock { .. }
+        | Request::Unlock { .. }
+        | Request::Add { .. }
+        | Request::List(_)
+        | Request::RemoveAll(_)
+        | Request::RemoteStreamEncrypt { .. }
+        | Request::RemoteStreamDecrypt { .. }
+        | Request::RemoteStreamClose(_)
+        | Request::Random(_)
+        // Of its items, whoever puts them together knows.
+        | Request::Batch { .. } => return [None; 2],
+        Request::Rewrap { fields, .. } => return [number(&fields.key), fields.to.as_ref().and_then(number)],
+        Request::Describe(fields) => &fields.key,
+        Request::Remove(fields) => &fields.key,
+        Request::Rotate(fields) => &fields.key,
+        Request::Rename(fields) => &fields.key,
+        Request::Export { fields, .. } => &fields.key,
+        Request::DataKey(fields) | Request::DataKeyWrapped(fields) => &fields.key,
+        Request::Bind(fields) => &fields.key,
+        Request::StreamNew(fields)
+        | Request::RemoteStreamNew(fields)
+        | Request::Encrypt { fields, .. }
+        | Request::Decrypt { fields, .. }
+        | Request::StreamOpen { fields, .. }
+        | Request::RemoteStreamOpen { fields, .. }
+        | Request::Wrap { fields, .. }
+        | Request::Unwrap { fields, .. }
+        | Request::Verify { fields, .. }
+        | Request::Mac { fields, .. }
+        | Request::MacVerify { fields, .. } => &fields.key,
+    };
+    [number(key), None]
+}
+
+/// Whether a request may be sent again when nobody knows whether it was carried out: it changes nothing, or carries a token.
+/// A second `lock` would say that the agent was locked before, and a second `unlock` would be another attempt; the requests of a
+/// stream through the agent have an order, and their stream ends with the connection.
+pub(crate) fn is_repeatable(operation: Opcode) -> bool {
+    !matches!(
+        operation,
+        Opcode::Lock
+            | Opcode::Unlock
+            | Opcode::RemoteStreamEncrypt
+            | Opcode::RemoteStreamDecrypt
+            | Opcode::RemoteStreamClose
+    )
+}
+
+/// Makes frames of what arrives, in whatever pieces. A frame is collected in a buffer of its own length; what arrived behind it
+/// waits in the inbox.
+pub(crate) struct Assembler {
+    inbox: Inbox,
+    frame_max: usize,
+    partial: Option<Partial>,
+}
+
+/// A frame that has not all arrived.
+struct Partial {
+    bytes: SecretVec,
+    len: usize,
+    have: usize,
+}
+
+impl Assembler {
+    pub(crate) fn new(frame_max: usize) -> Self {
+        Self { inbox: Inbox::new(), frame_max, partial: None }
+    }
+
+    pub(crate) fn set_frame_max(&mut self, frame_max: usize) {
+        self.frame_max = frame_max;
+    }
+
+    /// Nothing has arrived that was not taken.
+    pub(crate) fn is_between_frames(&self) -> bool {
+        self.partial.is_none() && self.inbox.filled().is_empty()
+    }
+
+    /// The next whole frame, as soon as it is there; `spare` is used for it when it is large enough. To be asked before [`room`](Self::room).
+    ///
+    /// # Errors
+    /// A head that no reply has. No memory was taken for it.
+    pub(crate) fn next(&mut self, spare: &mut Option<SecretVec>) -> Result<Option<SecretVec>, ReplyError> {
+        if self.partial.is_none() {
+            let Some(head) = FrameHead::parse(self.inbox.filled(), self.frame_max)? else { return Ok(None) };
+            // At most the ceiling: `parse` has compared it.
+            let len = usize::try_from(head.frame_len()).map_err(|_| ReplyError::Shape)?;
+            let bytes = spare.take().filter(|spare| spare.capacity() >= len);
+            let bytes = bytes.unwrap_or_else(|| SecretVec::with_capacity(len));
+            self.partial = Some(Partial { bytes, len, have: 0 });
+        }
+        if let Some(partial) = &mut self.partial {
+            let rest = partial.bytes.as_mut_slice().get_mut(partial.have..partial.len).unwrap_or_default();
+            partial.have = partial.have.saturating_add(self.inbox.take(rest));
+        }
+        Ok(self.partial.take_if(|partial| partial.have == partial.len).map(|mut whole| {
+            whole.bytes.truncate(whole.len);
+            whole.bytes
+        }))
+    }
+
+    /// Where what arrives next belongs; never empty.
+    pub(crate) fn room(&mut self) -> &mut [u8] {
+        match &mut self.partial {
+            Some(partial) => {
+                partial.bytes.as_mut_slice().get_mut(partial.have..partial.len).unwrap_or_default()
+            }
+            None => self.inbox.room(),
+        }
+    }
+
+    /// `len` bytes more have arrived in [`room`](Self::room).
+    pub(crate) fn filled(&mut self, len: usize) {
+        let have = match &mut self.partial {
+            Some(partial) => &mut partial.have,
+            None => &mut self.inbox.end,
+        };
+        *have = have.saturating_add(len);
+    }
+}
+
+/// What arrived beyond the frame in hand.
+struct Inbox {
+    bytes: Box<[u8; INBOX_LEN]>,
+    start: usize,
+    end: usize,
+}
+
+impl Inbox {
+    fn new() -> Self {
+        Self { bytes: Box::new([0; INBOX_LEN]), start: 0, end: 0 }
+    }
+
+    fn filled(&self) -> &[u8] {
+        self.bytes.get(self.start..self.end).unwrap_or_default()
+    }
+
+    /// Where more can be read to; never empty while less than the head of a frame is there.
+    fn room(&mut self) -> &mut [u8] {
+        if self.start > 0 {
+            self.bytes.copy_within(self.start..self.end, 0);
+            let len = self.end.saturating_sub(self.start);
+            if let Some(left) = self.bytes.get_mut(len..self.end) {
+                left.zeroize();
+            }
+            (self.start, self.end) = (0, len);
+        }
+        self.bytes.get_mut(self.end..).unwrap_or_default()
+    }
+
+    /// Moves bytes to `out` and says how many.
+    fn take(&mut self, out: &mut [u8]) -> usize {
+        let len = out.len().min(self.end.saturating_sub(self.start));
+        let end = self.start.saturating_add(len);
+        if let (Some(from), Some(to)) = (self.bytes.get_mut(self.start..end), out.get_mut(..len)) {
+            to.copy_from_slice(from);
+            from.zeroize();
+        }
+        self.start = end;
+        len
+    }
+}
+
+impl Drop for Inbox {
+    fn drop(&mut self) {
+        self.bytes.zeroize();
     }
 }

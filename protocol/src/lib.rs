@@ -5,11 +5,13 @@
 
 #![forbid(unsafe_code)]
 
+mod batch;
 mod codec;
 mod frame;
 mod message;
 mod types;
 
+pub use batch::{BatchError, Items};
 pub use codec::{Malformed, decode_fields, encoded_fields_len};
 pub use frame::{
     FRAME_HEAD_LEN, Frame, FrameError, FrameHead, PayloadSlot, begin_frame, frame_len, push_frame,

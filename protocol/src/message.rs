@@ -784,7 +784,8 @@ impl<'a> Request<'a> {
     pub fn decode(opcode: Opcode, frame: &Frame<'a>) -> Result<Self, Malformed> {
         let Frame { fields, payload, .. } = *frame;
         //= docs/protocol.md#22-limits-and-what-ends-a-connection
-        //# fields that do not decode (section 2.3), or a payload with an opcode that has none
+        //# fields that do not decode (section 2.3), or a payload with an opcode whose row in
+        //# section 4 has none
         let bare = |payload: &[u8]| if payload.is_empty() { Ok(()) } else { Err(Malformed) };
         let no_fields = || decode_fields::<NoFields>(fields).map(|NoFields {}| ());
         match opcode {

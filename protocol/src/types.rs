@@ -217,7 +217,7 @@ mod tests {
             " 1",
             "1 h",
             "1y",
-            "30506199359w",
+            "30500568904944w",
             "18446744073709551616",
         ] {
             assert_eq!(parse_lifetime(bad), Err(LifetimeError), "{bad}");

@@ -6,6 +6,7 @@ use std::{
     error::Error,
     fs,
     io::{Read, Write},
+    os::fd::AsFd,
     os::unix::net::{UnixListener, UnixStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -18,6 +19,7 @@ use kms_protocol::{
     constraint, push_frame,
 };
 use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
     sched::{CpuSet, sched_setaffinity},
     unistd::Pid,
 };
@@ -145,12 +147,15 @@ fn encrypt_request(plaintext_len: usize) -> Outcome<Vec<u8>> {
 }
 
 /// Per-operation time of one request after the other: the median and the 99th of a hundred, in microseconds.
-fn singles(stream: &mut UnixStream, request: &[u8], answer_len: usize) -> Outcome<(f64, f64)> {
+fn singles(stream: &mut UnixStream, request: &[u8], answer_len: usize, polls: bool) -> Outcome<(f64, f64)> {
     let mut times = Vec::with_capacity(SINGLES);
     let mut answer = vec![0; answer_len];
     for _ in 0..SINGLES {
         let start = Instant::now();
         stream.write_all(request)?;
+        if polls {
+            poll(&mut [PollFd::new(stream.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE)?;
+        }
         stream.read_exact(&mut answer)?;
         times.push(start.elapsed());
     }
@@ -181,6 +186,8 @@ fn spread(values: &mut [f64]) -> (f64, f64, f64) {
 
 struct Candidate {
     name: &'static str,
+    /// The client waits in `poll`, as kms-client does, not in `read`.
+    polls: bool,
     server: Rc<Server>,
     stream: UnixStream,
     single: (Vec<u8>, usize),
@@ -195,6 +202,7 @@ struct Candidate {
 impl Candidate {
     fn new(
         name: &'static str,
+        polls: bool,
         server: &Rc<Server>,
         stream: UnixStream,
         single: (Vec<u8>, usize),
@@ -203,6 +211,7 @@ impl Candidate {
         let empty = Vec::new;
         Self {
             name,
+            polls,
             server: Rc::clone(server),
             stream,
             single,
@@ -221,6 +230,11 @@ fn small() -> Outcome<()> {
     let echo_path = folder.path().join("echo.sock");
     let echo = Rc::new(Server(Command::new(env::current_exe()?).arg("echo").arg(&echo_path).spawn()?));
     let echo_stream = connect(&echo_path)?;
+    // It serves one connection.
+    let polled_echo_path = folder.path().join("polled-echo.sock");
+    let polled_echo =
+        Rc::new(Server(Command::new(env::current_exe()?).arg("echo").arg(&polled_echo_path).spawn()?));
+    let polled_echo_stream = connect(&polled_echo_path)?;
 
     let agent_path = folder.path().join("agent.sock");
     let mut command = Command::new(programs()?.join("kms-agent"));
@@ -244,17 +258,35 @@ fn small() -> Outcome<()> {
 
     let echoed = (vec![0x55; ECHO_LEN], ECHO_LEN);
     let pinged = (ping, ping_len);
+    let encrypted = ((single, single_len), (many, many_len));
     let mut candidates = [
-        Candidate::new("blocking echo, 64 bytes", &echo, echo_stream, echoed.clone(), echoed),
-        Candidate::new("kms-agent ping", &agent, ping_stream, pinged.clone(), pinged),
-        Candidate::new("kms-agent encrypt", &agent, agent_stream, (single, single_len), (many, many_len)),
+        Candidate::new("echo", false, &echo, echo_stream, echoed.clone(), echoed.clone()),
+        Candidate::new("encrypt", true, &agent, agent_stream, encrypted.0.clone(), encrypted.1.clone()),
+        Candidate::new("ping", true, &agent, ping_stream, pinged.clone(), pinged),
+        Candidate::new(
+            "encrypt, client in read",
+            false,
+            &agent,
+            greet(&agent_path)?,
+            encrypted.0,
+            encrypted.1,
+        ),
+        Candidate::new(
+            "echo, client in poll",
+            true,
+            &polled_echo,
+            polled_echo_stream,
+            echoed.clone(),
+            echoed,
+        ),
     ];
     for round in 0..=ROUNDS {
         for candidate in &mut candidates {
             pin(Pid::from_raw(0), 0)?;
             pin(candidate.server.pid(), 0)?;
             let before = candidate.server.cpu()?;
-            let (p50, p99) = singles(&mut candidate.stream, &candidate.single.0, candidate.single.1)?;
+            let (p50, p99) =
+                singles(&mut candidate.stream, &candidate.single.0, candidate.single.1, candidate.polls)?;
             let cpu = (candidate.server.cpu()? - before).as_secs_f64() * 1e6 / SINGLES as f64;
             pin(candidate.server.pid(), 1)?;
             let before = candidate.server.cpu()?;

@@ -3,7 +3,7 @@
 //! Owns what may stand in a batch and the room of its replies. Each item goes the way that it would go alone, through
 //! `authorize` too.
 
-use kms_protocol::{BATCH_ITEMS_MAX, FRAME_HEAD_LEN, Frame, Opcode, Request, Status};
+use kms_protocol::{BatchError, FRAME_HEAD_LEN, Frame, Items, Opcode, Request, Status};
 
 use super::{
     Core, Now, Outcome, Session, Surroundings,
@@ -54,24 +54,6 @@ fn may_stand_in_a_batch(opcode: Opcode) -> bool {
     }
 }
 
-/// The frames one after the other, until one is none.
-fn items(mut frames: &[u8], frame_max: usize) -> impl Iterator<Item = Result<Frame<'_>, Status>> {
-    std::iter::from_fn(move || {
-        if frames.is_empty() {
-            return None;
-        }
-        let item = match Frame::parse(frames, frame_max) {
-            Ok(Some(item)) => item,
-            Ok(None) | Err(_) => {
-                frames = &[];
-                return Some(Err(Status::Malformed));
-            }
-        };
-        frames = frames.get(item.frame_len()..).unwrap_or_default();
-        Some(Ok(item))
-    })
-}
-
 impl<R: Random, A: Audit> Core<R, A> {
     #[expect(clippy::too_many_arguments, reason = "what every request comes with")]
     pub(super) fn batch(
@@ -84,23 +66,15 @@ impl<R: Random, A: Audit> Core<R, A> {
         around: Surroundings,
         replies: &mut Replies,
     ) -> Result<(), Refused> {
-        //= docs/protocol.md#434-batch
-        //# The frames of all items are looked at before the first is carried out
-        let mut count = 0usize;
-        for item in items(frames, self.limits.frame) {
-            item?;
-            count = count.saturating_add(1);
-        }
-        match count {
-            0 => return Err(Status::Malformed.into()),
-            1..=BATCH_ITEMS_MAX => {}
-            _ => return Err(Status::TooLarge.into()),
-        }
+        let items = Items::parse(frames).map_err(|error| match error {
+            BatchError::Malformed => Status::Malformed,
+            BatchError::TooMany => Status::TooLarge,
+        })?;
         //= docs/protocol.md#434-batch
         //# room for the refusals of the items behind it is kept.
-        let mut behind = count.saturating_mul(REFUSAL_LEN);
+        let mut behind = items.len().saturating_mul(REFUSAL_LEN);
         let batch = replies.begin_batch(behind)?;
-        for item in items(frames, self.limits.frame).flatten() {
+        for item in items {
             behind = behind.saturating_sub(REFUSAL_LEN);
             replies.keep_free(&batch, behind);
             let opcode = Opcode::from_code(item.head.code);

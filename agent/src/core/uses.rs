@@ -26,46 +26,38 @@ pub(super) const STREAM_KEY_LEN: usize = KEY_LEN + 12;
 /// The key of a request that opens something: looked at only when the ciphertext may be what it says.
 type Meant<'a> = Result<Selector<'a>, Refused>;
 
+/// What every request comes with that puts a key to work, and where its reply goes.
+pub(super) struct Use<'a> {
+    permit: &'a Permit,
+    context: &'a [u8],
+    request_id: u32,
+    replies: &'a mut Replies,
+}
+
+impl<'a> Use<'a> {
+    pub(super) fn new(
+        permit: &'a Permit,
+        context: &'a [u8],
+        request_id: u32,
+        replies: &'a mut Replies,
+    ) -> Self {
+        Self { permit, context, request_id, replies }
+    }
+}
+
 impl<R: Random, A: Audit> Core<R, A> {
-    pub(super) fn encrypt(
+    /// `encrypt` and `wrap`.
+    pub(super) fn seal(
         &mut self,
-        permit: &Permit,
-        key: Selector<'_>,
-        context: &[u8],
-        plaintext: &[u8],
-        request_id: u32,
-        replies: &mut Replies,
-    ) -> Result<(), Refused> {
-        self.seal(permit, key, Purpose::Message, context, plaintext, request_id, replies)
-    }
-
-    pub(super) fn wrap(
-        &mut self,
-        permit: &Permit,
-        key: Selector<'_>,
-        context: &[u8],
-        plaintext: &[u8],
-        request_id: u32,
-        replies: &mut Replies,
-    ) -> Result<(), Refused> {
-        if plaintext.is_empty() {
-            return Err(Status::Malformed.into());
-        }
-        self.seal(permit, key, Purpose::WrappedKey, context, plaintext, request_id, replies)
-    }
-
-    #[expect(clippy::too_many_arguments, reason = "what every request comes with")]
-    fn seal(
-        &mut self,
-        permit: &Permit,
+        Use { permit, context, request_id, replies }: Use<'_>,
         key: Selector<'_>,
         purpose: Purpose,
-        context: &[u8],
         plaintext: &[u8],
-        request_id: u32,
-        replies: &mut Replies,
     ) -> Result<(), Refused> {
         let context = ContextRef::parse(context)?;
+        if plaintext.is_empty() && purpose == Purpose::WrappedKey {
+            return Err(Status::Malformed.into());
+        }
         if plaintext.len() > MESSAGE_MAX {
             return Err(Status::TooLarge.into());
         }
@@ -82,40 +74,13 @@ impl<R: Random, A: Audit> Core<R, A> {
         })?
     }
 
-    pub(super) fn decrypt(
+    /// `decrypt` and `unwrap`.
+    pub(super) fn open(
         &mut self,
-        permit: &Permit,
-        key: Meant<'_>,
-        context: &[u8],
-        ciphertext: &[u8],
-        request_id: u32,
-        replies: &mut Replies,
-    ) -> Result<(), Refused> {
-        self.open(permit, key, Purpose::Message, context, ciphertext, request_id, replies)
-    }
-
-    pub(super) fn unwrap(
-        &mut self,
-        permit: &Permit,
-        key: Meant<'_>,
-        context: &[u8],
-        ciphertext: &[u8],
-        request_id: u32,
-        replies: &mut Replies,
-    ) -> Result<(), Refused> {
-        self.open(permit, key, Purpose::WrappedKey, context, ciphertext, request_id, replies)
-    }
-
-    #[expect(clippy::too_many_arguments, reason = "what every request comes with")]
-    fn open(
-        &mut self,
-        permit: &Permit,
+        Use { permit, context, request_id, replies }: Use<'_>,
         key: Meant<'_>,
         purpose: Purpose,
-        context: &[u8],
         ciphertext: &[u8],
-        request_id: u32,
-        replies: &mut Replies,
     ) -> Result<(), Refused> {
         let context = ContextRef::parse(context)?;
         let header = header_of(ciphertext, &[purpose])?;
@@ -175,16 +140,13 @@ impl<R: Random, A: Audit> Core<R, A> {
         Ok((opened, key.id))
     }
 
-    #[expect(clippy::too_many_arguments, reason = "what every request comes with")]
+    /// `datakey`, and without `plain` `datakey-wrapped`.
     pub(super) fn data_key(
         &mut self,
-        permit: &Permit,
+        Use { permit, context, request_id, replies }: Use<'_>,
         key: Selector<'_>,
-        context: &[u8],
         length: u32,
         plain: bool,
-        request_id: u32,
-        replies: &mut Replies,
     ) -> Result<(), Refused> {
         let context = ContextRef::parse(context)?;
         let length = usize::try_from(length).unwrap_or(usize::MAX);
@@ -211,16 +173,12 @@ impl<R: Random, A: Audit> Core<R, A> {
         })?
     }
 
-    #[expect(clippy::too_many_arguments, reason = "what every request comes with")]
     pub(super) fn rewrap(
         &mut self,
-        permit: &Permit,
+        Use { permit, context, request_id, replies }: Use<'_>,
         key: Meant<'_>,
         to: Option<Selector<'_>>,
-        context: &[u8],
         ciphertext: &[u8],
-        request_id: u32,
-        replies: &mut Replies,
     ) -> Result<(), Refused> {
         let context = ContextRef::parse(context)?;
         let header = header_of(ciphertext, &[Purpose::Message, Purpose::WrappedKey, Purpose::Stream])?;
@@ -270,12 +228,9 @@ impl<R: Random, A: Audit> Core<R, A> {
 
     pub(super) fn verify(
         &mut self,
-        permit: &Permit,
+        Use { permit, context, request_id, replies }: Use<'_>,
         key: Meant<'_>,
-        context: &[u8],
         ciphertext: &[u8],
-        request_id: u32,
-        replies: &mut Replies,
     ) -> Result<(), Refused> {
         let context = ContextRef::parse(context)?;
         let header = header_of(ciphertext, &[Purpose::Message, Purpose::WrappedKey, Purpose::Stream])?;
@@ -311,12 +266,9 @@ impl<R: Random, A: Audit> Core<R, A> {
 
     pub(super) fn mac(
         &mut self,
-        permit: &Permit,
+        Use { permit, context, request_id, replies }: Use<'_>,
         key: Selector<'_>,
-        context: &[u8],
         digest: &[u8],
-        request_id: u32,
-        replies: &mut Replies,
     ) -> Result<(), Refused> {
         let context = ContextRef::parse(context)?;
         let digest: &[u8; DIGEST_LEN] = digest.try_into().map_err(|_| Status::Malformed)?;
@@ -334,12 +286,9 @@ impl<R: Random, A: Audit> Core<R, A> {
 
     pub(super) fn verify_mac(
         &mut self,
-        permit: &Permit,
+        Use { permit, context, request_id, replies }: Use<'_>,
         key: Meant<'_>,
-        context: &[u8],
         tag_and_digest: &[u8],
-        request_id: u32,
-        replies: &mut Replies,
     ) -> Result<(), Refused> {
         let context = ContextRef::parse(context)?;
         let header = header_of(tag_and_digest, &[Purpose::Tag])?;

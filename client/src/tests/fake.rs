@@ -280,8 +280,8 @@ fn answer(request: &Request<'_>, id: u32, streams: &mut HashMap<u32, (Body, u64)
             let version = Header::parse(ciphertext).unwrap().key_version.value();
             ok!(&Verified { id: ID, name: "key".into(), version, primary: 2 }, &[]);
         }
-        Request::Mac { .. } => ok!(&NoFields {}, &[1; 60]),
-        Request::MacVerify { tag_and_digest, .. } if tag_and_digest[0] == 1 => ok!(&NoFields {}, &[]),
+        Request::Mac { .. } => ok!(&NoFields {}, &tag()),
+        Request::MacVerify { tag_and_digest, .. } if tag_and_digest[..60] == tag() => ok!(&NoFields {}, &[]),
         Request::MacVerify { .. } => refuse!(Status::InvalidCiphertext),
         Request::Random(random) => ok!(&NoFields {}, &vec![3; random.length as usize]),
         Request::Bind(_) => ok!(&Bound { id: ID }, &[]),
@@ -314,6 +314,10 @@ fn sealed(purpose: Purpose, plaintext: &[u8]) -> Vec<u8> {
     let mut sealed = [&header.to_bytes()[..], plaintext].concat();
     sealed.resize(kms_envelope::message_len(plaintext.len()), 0);
     sealed
+}
+
+fn tag() -> Vec<u8> {
+    sealed(Purpose::Tag, &[])[..60].to_vec()
 }
 
 fn open(context: &[u8], head: &[u8]) -> Option<MessageKey> {

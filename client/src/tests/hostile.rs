@@ -292,7 +292,7 @@ fn an_agent_that_does_not_answer_is_given_up_even_if_it_dribbles() {
     let listener = UnixListener::bind(&socket).unwrap();
     let timeout = Duration::from_millis(200);
     let connect = || {
-        Client::connect(&Options { socket: Some(socket.clone()), server_uid: None, timeout })
+        Client::connect(&Options { socket: Some(socket.clone()), timeout, ..Options::default() })
             .map(drop)
             .unwrap_err()
     };

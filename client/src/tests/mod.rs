@@ -2,13 +2,16 @@
 
 mod fake;
 mod hostile;
+mod retry;
 mod streams;
+
+use std::time::Duration;
 
 use crate::Options;
 
-/// The options that reach a fake agent.
+/// The options that reach a fake agent, once.
 fn options(fake: &fake::Fake) -> Options {
-    Options { socket: Some(fake.socket.clone()), ..Options::default() }
+    Options { socket: Some(fake.socket.clone()), retry: Duration::ZERO, ..Options::default() }
 }
 
 /// Numbers without a pattern, the same in every run.

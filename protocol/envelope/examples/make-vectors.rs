@@ -17,7 +17,7 @@ mod support;
 
 use std::{fmt::Write as _, fs, io::Write as _, path::PathBuf, process::ExitCode};
 
-use support::{Vector, hex};
+use support::{Vector, hex, sha512};
 
 type Fields = Vec<(&'static str, String)>;
 
@@ -68,6 +68,10 @@ fn stream() -> Fields {
     let fields = set(fields, "dek_salt", sequence(0x80, 24));
     let fields = set(fields, "body_salt", sequence(0xc0, 24));
     set(fields, "plaintext", hex(TEXT))
+}
+
+fn tag() -> Fields {
+    set(common("check-tag"), "digest", sha512(TEXT))
 }
 
 fn long(fields: Fields, len: usize) -> Fields {
@@ -409,6 +413,70 @@ fn rewraps(v: &mut Vectors) {
     );
 }
 
+fn tags(v: &mut Vectors) {
+    let t = tag();
+    v.success("tag-success", t.clone());
+    v.success("tag-no-context", without(t.clone(), &["context"]));
+    v.success("tag-of-nothing", set(t.clone(), "digest", sha512(b"")));
+    for len in [28usize, 59] {
+        v.failure(&format!("tag-cut-to-{len}"), &t, INVALID, "truncated", |c| c.truncate(len));
+    }
+    v.failure("tag-cut-to-27", &t, "malformed: header length", "", |c| c.truncate(27));
+    v.failure("tag-byte-appended", &t, INVALID, "trailing byte", |c| c.push(0));
+    for (name, offset) in [("first", 28), ("last", 59)] {
+        v.failure(&format!("tag-flipped-{name}"), &t, INVALID, "one bit changed", |c| c[offset] ^= 1);
+    }
+    v.failure("tag-zero", &t, INVALID, "all of it zero", |c| c[28..].fill(0));
+    v.failure("tag-key-id-changed", &t, INVALID, "header changed: key id", |c| c[8] ^= 1);
+    v.failure("tag-version-changed", &t, INVALID, "header changed: key version", |c| c[27] ^= 1);
+    v.failure("tag-version-0", &t, "malformed: key version", "", |c| c[24..28].fill(0));
+    contexts_and_keys(v, &t, "tag");
+    for (name, digest) in [
+        ("another-input", sha512(b"attack at dusk")),
+        ("flipped-digest", {
+            let mut digest = sha512(TEXT);
+            let flipped = if digest.ends_with('0') { "1" } else { "0" };
+            digest.replace_range(127.., flipped);
+            digest
+        }),
+    ] {
+        v.failure(&format!("tag-of-{name}"), &t, INVALID, "another input", |_| {});
+        let last = v.0.last_mut().unwrap();
+        last.1 = set(std::mem::take(&mut last.1), "digest", digest);
+    }
+    v.failure("tag-opened-as-message", &t, "malformed: purpose", "", |_| {});
+    let last = v.0.last_mut().unwrap();
+    last.1 = set(without(std::mem::take(&mut last.1), &["digest"]), "operation", "open-message");
+    v.failure("tag-relabelled-as-message", &t, INVALID, "a tag is too short for a message", |c| c[5] = 1);
+    let last = v.0.last_mut().unwrap();
+    last.1 = set(without(std::mem::take(&mut last.1), &["digest"]), "operation", "open-message");
+    v.failure("tag-opened-as-stream", &t, "malformed: purpose", "", |_| {});
+    let last = v.0.last_mut().unwrap();
+    last.1 = set(without(std::mem::take(&mut last.1), &["digest"]), "operation", "open-stream");
+    let checked = |c: Fields| set(set(c, "operation", "check-tag"), "digest", sha512(TEXT));
+    for (name, fields) in [
+        ("message", message("open-message")),
+        ("wrapped-key", message("open-wrapped-key")),
+        ("stream", stream()),
+    ] {
+        v.failure(&format!("{name}-checked-as-tag"), &fields, "malformed: purpose", "", |_| {});
+        let last = v.0.last_mut().unwrap();
+        last.1 = checked(std::mem::take(&mut last.1));
+    }
+    v.failure(
+        "message-relabelled-as-tag",
+        &message("open-message"),
+        INVALID,
+        "header changed: purpose",
+        |c| {
+            c[5] = 5;
+            c.truncate(60);
+        },
+    );
+    let last = v.0.last_mut().unwrap();
+    last.1 = checked(std::mem::take(&mut last.1));
+}
+
 fn contexts(v: &mut Vectors) {
     v.context("context-empty", "success", "00000000", None);
     v.context(
@@ -501,6 +569,7 @@ fn main() -> ExitCode {
     messages(&mut v);
     streams(&mut v);
     rewraps(&mut v);
+    tags(&mut v);
     contexts(&mut v);
     check_values(&mut v);
     let (mut written, mut kept) = (0, 0);

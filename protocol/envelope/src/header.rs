@@ -179,7 +179,7 @@ impl Header {
             return Err(HeaderError::Suite(*suite));
         }
         //= docs/formats.md#3-purposes
-        //# A decoder MUST refuse every other number.
+        //# A decoder MUST refuse every other number with `unsupported: purpose`.
         let purpose = Purpose::from_number(*purpose).ok_or(HeaderError::Purpose(*purpose))?;
         //= docs/formats.md#4-header
         //# A decoder MUST refuse flags other than zero, because a later writer will set one only where ignoring it would be wrong.

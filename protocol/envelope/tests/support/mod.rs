@@ -12,13 +12,13 @@ use std::collections::BTreeMap;
 use kms_envelope::{
     Body, CHUNK_LEN, ContextError, ContextRef, EncryptionContext, ExpandKey, Header, HeaderError, KeyId,
     KeyVersion, MESSAGE_MAX, OpenError, Purpose, REWRAP_LEN, SALT_LEN, SEALED_CHUNK_LEN, STREAM_HEAD_LEN,
-    TAG_LEN, body_plaintext_len, message_len, new_stream, open_message, open_stream, rewrap_stream,
-    seal_message,
+    TAG_LEN, body_plaintext_len, check_tag, make_tag, message_len, new_stream, open_message, open_stream,
+    rewrap_stream, seal_message,
 };
 use sha2::{Digest, Sha512};
 
 /// All fields there are, and whether they may be repeated. Anything else in a file is an error.
-const FIELDS: [(&str, bool); 23] = [
+const FIELDS: [(&str, bool); 24] = [
     ("expect", false),
     ("why", false),
     ("operation", false),
@@ -37,6 +37,7 @@ const FIELDS: [(&str, bool); 23] = [
     ("new_dek_salt", false),
     ("plaintext", false),
     ("plaintext_repeat", false),
+    ("digest", false),
     ("ciphertext", false),
     ("edit", true),
     ("ciphertext_sha512", false),
@@ -171,6 +172,7 @@ impl Vector {
             "open-message" => Ok(Purpose::Message),
             "open-wrapped-key" => Ok(Purpose::WrappedKey),
             "open-stream" | "rewrap" => Ok(Purpose::Stream),
+            "check-tag" => Ok(Purpose::Tag),
             other => Err(format!("unknown operation {other}")),
         }
     }
@@ -222,6 +224,10 @@ impl Vector {
         let header = self.header("version")?;
         let context = self.context_bytes()?;
         let context = ContextRef::parse(&context).map_err(|e| e.to_string())?;
+        if header.purpose == Purpose::Tag {
+            let tag = make_tag(&kek, &header, context, &self.bytes("digest")?);
+            return tag.map(Vec::from).map_err(|e| e.to_string());
+        }
         let plaintext = self.plaintext()?;
         if header.purpose == Purpose::Stream {
             let (dek, dek_salt) = (self.bytes("dek")?, self.bytes("dek_salt")?);
@@ -280,6 +286,7 @@ impl Vector {
         let opened = match self.get("operation")? {
             "open-stream" => whole_stream(&kek, &ciphertext, context),
             "rewrap" => self.rewrap(&kek, &ciphertext)?,
+            "check-tag" => check_tag(&kek, &ciphertext, context, &self.bytes("digest")?).map(|()| Vec::new()),
             _ => {
                 let mut out = vec![0; MESSAGE_MAX];
                 open_message(&kek, &ciphertext, self.purpose()?, context, &mut out).map(|len| {
@@ -291,8 +298,8 @@ impl Vector {
         let opened = match opened {
             Ok(opened) => opened,
             Err(error) => {
-                let longest =
-                    if self.purpose()? == Purpose::Stream { usize::MAX } else { message_len(MESSAGE_MAX) };
+                let direct = matches!(self.purpose()?, Purpose::Message | Purpose::WrappedKey);
+                let longest = if direct { message_len(MESSAGE_MAX) } else { usize::MAX };
                 return Ok(outcome(error, ciphertext.len() > longest).into());
             }
         };
@@ -303,10 +310,10 @@ impl Vector {
         if Header::parse(&ciphertext) != Ok(self.header("version")?) {
             return Err("the header names another key or version".into());
         }
-        if opened != self.plaintext()? {
+        if self.purpose()? != Purpose::Tag && opened != self.plaintext()? {
             return Err("opened to another plaintext".into());
         }
-        if self.get("salt").or(self.get("dek")).is_ok() && self.seal()? != ciphertext {
+        if self.get("salt").or(self.get("dek")).or(self.get("digest")).is_ok() && self.seal()? != ciphertext {
             return Err("a writer gets other bytes".into());
         }
         Ok("success".into())
