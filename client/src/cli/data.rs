@@ -20,7 +20,7 @@ use super::{
     ui::{Failure, Ui, Verdict},
 };
 use crate::{
-    Client, ContextRef, DIGEST_LEN, Error, Input, KeyRef, LocalOpening, LocalSealing, MAC_LEN, Output,
+    Client, ContextRef, DIGEST_LEN, Error, INPUT_TAG_LEN, Input, KeyRef, LocalOpening, LocalSealing, Output,
     Progress, RemoteOpening, RemoteSealing, Status,
 };
 
@@ -398,7 +398,7 @@ impl Mac {
     }
 }
 
-fn tag(text: &str) -> Result<[u8; MAC_LEN], Failure> {
+fn tag(text: &str) -> Result<[u8; INPUT_TAG_LEN], Failure> {
     let bytes = forms::decode(text.as_bytes()).ok_or(Failure::NotATag)?;
     bytes.try_into().map_err(|_| Failure::NotATag)
 }

@@ -127,7 +127,7 @@ impl Export {
                 client.export(key, version, Some(&passphrase)).map_err(failed)?
             }
             Err(error) if error.status() == Some(Status::NotFound) && version.is_some() => {
-                return Err(Failure::NoVersion {
+                return Err(Failure::NoSuchVersion {
                     name: name.to_owned(),
                     version: version.unwrap_or_default(),
                 });

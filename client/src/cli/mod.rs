@@ -210,8 +210,9 @@ fn options(global: &Global) -> Result<Options, Failure> {
     if global.socket.as_ref().is_some_and(|path| path.as_os_str().is_empty()) {
         return Err(Failure::EmptyName);
     }
-    let timeout = global.timeout.unwrap_or(Options::default().timeout);
-    Ok(Options { socket: global.socket.clone(), server_uid, timeout, ..Options::default() })
+    let usual = Options::default();
+    let timeout = global.timeout.unwrap_or(usual.timeout);
+    Ok(Options { socket: global.socket.clone(), server_uid, timeout, retry: usual.retry.min(timeout) })
 }
 
 fn user_id(text: &str) -> Result<u32, Failure> {

@@ -96,6 +96,8 @@ pub(super) enum Failure {
     #[error("there is no manual page of that name")]
     NoPage,
     #[error("the key {name} has no version {version}")]
+    NoSuchVersion { name: String, version: u32 },
+    #[error("the key {name} has no version {version}, which the ciphertext names")]
     NoVersion { name: String, version: u32 },
     #[error("the ciphertext is longer than the {max} bytes of the longest message")]
     LongMessage { max: usize },
@@ -185,6 +187,7 @@ impl Failure {
             | Self::ClosedInput
             | Self::NoPage => USAGE,
             Self::NoVersion { .. }
+            | Self::NoSuchVersion { .. }
             | Self::LongMessage { .. }
             | Self::Open { .. }
             | Self::Create { .. }
@@ -228,7 +231,9 @@ impl Failure {
     fn hint(&self) -> Option<&'static str> {
         match self {
             Self::Client(error) | Self::Key { error, .. } => client_hint(error),
-            Self::NoVersion { .. } => Some("`kmsctl describe NAME` shows the versions that there are"),
+            Self::NoVersion { .. } | Self::NoSuchVersion { .. } => {
+                Some("`kmsctl describe NAME` shows the versions that there are")
+            }
             Self::IsFolder { .. } => Some("add -r for every file below it"),
             Self::NotAFile { .. } => Some("rewrap changes files only"),
             Self::Changing { .. } | Self::InUse { .. } => Some("try again when nothing else works on it"),
