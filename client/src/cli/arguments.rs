@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, value_parser};
 use clap_complete::Shell;
 use kms_protocol::parse_lifetime;
 
@@ -324,8 +324,8 @@ pub(super) struct DataKey {
     #[command(flatten)]
     pub(super) context: Context,
     /// Bytes of the data key
-    #[arg(long, value_name = "N", default_value = "32")]
-    pub(super) length: NonZeroU32,
+    #[arg(long, value_name = "N", default_value = "32", value_parser = value_parser!(u32).range(1..=1024))]
+    pub(super) length: u32,
     /// Where to write the wrapped key; the plain one goes to standard output, which must not be a terminal
     #[arg(long, value_name = "FILE", conflicts_with = "json")]
     pub(super) wrapped: Option<OsString>,

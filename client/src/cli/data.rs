@@ -170,7 +170,7 @@ impl Decrypt {
         let read = match header.purpose {
             Purpose::Message => Read::Message(whole_message(&header, &mut source)?),
             Purpose::Stream => Read::Stream(read_head(&header, &mut source)?),
-            Purpose::WrappedKey => return Err(Error::NotData.into()),
+            Purpose::WrappedKey | Purpose::Tag => return Err(Error::NotData.into()),
             other => return Err(Error::from(HeaderError::Purpose(other.number())).into()),
         };
         let mut client = connect(global, ui)?;
@@ -230,7 +230,7 @@ impl Unwrap {
         let header = read_header(&mut source)?;
         match header.purpose {
             Purpose::WrappedKey => {}
-            Purpose::Message | Purpose::Stream => return Err(Failure::NotAKey),
+            Purpose::Message | Purpose::Stream | Purpose::Tag => return Err(Failure::NotAKey),
             other => return Err(Error::from(HeaderError::Purpose(other.number())).into()),
         }
         let wrapped = whole_message(&header, &mut source)?;
@@ -254,7 +254,7 @@ impl DataKey {
         let key = key_name(name)?;
         let context = self.context.read()?;
         let failed = |error| Failure::of_key(name, error);
-        let (length, context) = (self.length.get(), context.as_ref());
+        let (length, context) = (self.length, context.as_ref());
         if self.wrapped_only {
             let destination =
                 Destination::new(self.wrapped.as_deref(), ciphertext(self.text || global.json))?;
@@ -299,6 +299,7 @@ impl Verify {
         let read = match header.purpose {
             Purpose::Message | Purpose::WrappedKey => Read::Message(whole_message(&header, &mut source)?),
             Purpose::Stream => Read::Stream(read_head(&header, &mut source)?),
+            Purpose::Tag => return Err(Failure::IsTag),
             other => return Err(Error::from(HeaderError::Purpose(other.number())).into()),
         };
         let mut client = connect(global, ui)?;
@@ -400,7 +401,10 @@ impl Mac {
 
 fn tag(text: &str) -> Result<[u8; INPUT_TAG_LEN], Failure> {
     let bytes = forms::decode(text.as_bytes()).ok_or(Failure::NotATag)?;
-    bytes.try_into().map_err(|_| Failure::NotATag)
+    match Header::parse(&bytes) {
+        Ok(Header { purpose: Purpose::Tag, .. }) => bytes.try_into().map_err(|_| Failure::NotATag),
+        _ => Err(Failure::NotATag),
+    }
 }
 
 /// SHA-512 of all that is there.

@@ -77,8 +77,10 @@ pub(super) enum Failure {
     NoYes(#[source] io::Error),
     #[error("a version is a number from 1 on")]
     NotAVersion,
-    #[error("the ciphertext holds data, not a key")]
+    #[error("this is encrypted data or the tag of an input, not a wrapped key")]
     NotAKey,
+    #[error("this is the tag of an input, not a ciphertext")]
+    IsTag,
     #[error("there is nothing to wrap")]
     NothingToWrap,
     #[error("the wrapped key needs a file of its own")]
@@ -210,6 +212,7 @@ impl Failure {
             | Self::NotConfirmed { .. }
             | Self::NoYes(_)
             | Self::NotAKey
+            | Self::IsTag
             | Self::NothingToWrap
             | Self::NotText
             | Self::LongText { .. } => 1,
@@ -255,14 +258,15 @@ impl Failure {
             Self::NotAVersion => {
                 Some("as in backup@2; `kmsctl describe NAME` shows the versions that there are")
             }
-            Self::NotAKey => Some("`kmsctl decrypt` opens it"),
+            Self::NotAKey => Some("`kmsctl decrypt` opens data, `kmsctl mac --check` checks a tag"),
+            Self::IsTag => Some("`kmsctl mac --check` checks it"),
             Self::NothingToWrap => Some("a key has at least one byte; `kmsctl datakey` makes one"),
             Self::NoPlaceForWrapped => Some(
                 "name it with --wrapped FILE; or let both be printed with --json, or none but it with --wrapped-only",
             ),
             Self::NotATag => Some("a tag has 80 characters and begins with kmsc"),
             Self::NotText => Some("without --text the ciphertext itself is read"),
-            Self::LongText { .. } => Some("without --text there is no such limit"),
+            Self::LongText { .. } => Some("without --text or --hex there is no such limit"),
             Self::SecretTerminal => Some("write to a file or to a pipe"),
             Self::ClosedInput => Some("name a file; for no input at all, `</dev/null` says so"),
             Self::NoPage => Some("`kmsctl --help` lists the commands"),
@@ -323,6 +327,13 @@ fn advice(operation: Option<Opcode>, status: Status) -> Option<Advice> {
         (Some(Opcode::Add), Status::StoreUnavailable) => {
             ("this agent keeps no keystore", "add --memory for a key that lives in memory only")
         }
+        (Some(Opcode::MacVerify), Status::WrongKey) => {
+            ("the tag was made under another key", "name the key that it was made under with -k")
+        }
+        (Some(Opcode::Verify), Status::WrongKey) => (
+            "the ciphertext was made under another key",
+            "name that key with -k, or leave -k out to take what the ciphertext names",
+        ),
         (Some(Opcode::MacVerify), Status::InvalidCiphertext) => (
             "the tag is not that of this input in this encryption context",
             "give the input and the -C pairs that the tag was made for",
@@ -459,7 +470,11 @@ fn client_hint(error: &Error) -> Option<&'static str> {
         Error::NotACiphertext(
             HeaderError::Format(_) | HeaderError::Suite(_) | HeaderError::Purpose(_) | HeaderError::Flags(_),
         ) => Some("a later release may have written it; `kmsctl --version` tells which one this is"),
-        Error::NotACiphertext(_) | Error::NotData => Some("decrypt takes what `kmsctl encrypt` has written"),
+        Error::NotACiphertext(_) => Some("name a file that `kmsctl` has written"),
+        Error::NotData => {
+            Some("`kmsctl unwrap` opens a wrapped key; decrypt takes what `kmsctl encrypt` has written")
+        }
+        Error::TooLong { .. } => Some("`kmsctl encrypt` takes any length"),
         Error::Timeout { .. } | Error::Closed | Error::Broken | Error::Reply(_) | Error::Connection(_) => {
             Some("`kmsctl ping` tells whether the agent is there; its log may say more")
         }

@@ -6,6 +6,7 @@
 mod attacks;
 mod files;
 mod interop;
+mod rewrap;
 mod server;
 mod traffic;
 mod ways;

@@ -186,6 +186,7 @@ impl<'a> Move<'a> {
             Purpose::Message | Purpose::WrappedKey | Purpose::Stream => {}
             // Nobody can open a tag, so there is nothing to move.
             _ if tree => return Ok(Meant::No),
+            Purpose::Tag => return Err(Failure::IsTag),
             other => return Err(Error::from(HeaderError::Purpose(other.number())).into()),
         }
         match self.from {
@@ -652,11 +653,13 @@ impl Tree {
         let how = OpenHow::new()
             .flags(OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC)
             .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
+        // The root itself has no name of its own.
+        let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
         Ok(openat2(&self.root, folder, how)?)
     }
 
     fn path(&self, folder: &Path) -> PathBuf {
-        match folder == Path::new(".") {
+        match folder.as_os_str().is_empty() {
             true => self.path.clone(),
             false => self.path.join(folder),
         }
@@ -678,13 +681,17 @@ impl Jobs {
         if path.as_os_str().is_empty() {
             return Err(Failure::EmptyName);
         }
-        if !recursive || !fs::metadata(path).is_ok_and(|meta| meta.is_dir()) {
+        let is_folder = fs::metadata(path).is_ok_and(|meta| meta.is_dir());
+        if is_folder && !recursive {
+            return Err(Failure::IsFolder { path: path.to_owned() });
+        }
+        if !is_folder {
             self.files.push(Job::Named(path.to_owned()));
             return Ok(());
         }
         let root = File::open(path).map_err(|source| Failure::Open { path: path.to_owned(), source })?;
         let tree = Arc::new(Tree { root: root.into(), path: path.to_owned() });
-        let mut folders = vec![PathBuf::from(".")];
+        let mut folders = vec![PathBuf::new()];
         while let Some(folder) = folders.pop() {
             if let Err(source) = self.add_folder(&tree, &folder, &mut folders) {
                 let path = tree.path(&folder);
