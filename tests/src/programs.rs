@@ -43,6 +43,7 @@ const TOOLS: &[(&str, &str)] = &[
     ("mount", "mount"),
     ("prlimit", "util-linux"),
     ("setpriv", "util-linux"),
+    ("setsid", "util-linux"),
     ("sh", "dash"),
     ("strace", "strace"),
 ];

@@ -7,6 +7,7 @@ mod attacks;
 mod files;
 mod interop;
 mod rewrap;
+mod secrets;
 mod server;
 mod traffic;
 mod ways;
