@@ -5,7 +5,9 @@
 
 mod frames;
 mod lock;
+mod made;
 mod memory;
 mod operations;
 mod peers;
 mod start;
+mod statuses;
