@@ -569,6 +569,22 @@ fn replies(folder: &mut Folder) -> Outcome {
         more: false,
         constraints: constraint::ALL.iter().map(|kind| Constraint { kind: *kind, value: 0 }).collect(),
     };
+    let states = Description {
+        key: KeyRow { state: KeyState::Removed, ..key_row("backup", None) },
+        versions: [
+            KeyState::Enabled,
+            KeyState::Staged,
+            KeyState::Disabled,
+            KeyState::Removed,
+            KeyState::Destroyed,
+        ]
+        .into_iter()
+        .zip(1..)
+        .map(|(state, number)| VersionRow { state, ..version(number, 0) })
+        .collect(),
+        more: false,
+        constraints: Vec::new(),
+    };
     let rotated = Rotated { id: KEY_ID, version: 2, check_value: CHECK_VALUE };
     let exported = Exported { id: KEY_ID, version: 1 };
     let wrapped = ciphertext(2, 132);
@@ -618,6 +634,7 @@ fn replies(folder: &mut Folder) -> Outcome {
         ("reply-remote-stream-decrypt", "Plaintext.", Opcode::RemoteStreamDecrypt, &NoFields {}, PLAINTEXT),
         ("reply-remote-stream-close", "Nothing.", Opcode::RemoteStreamClose, &NoFields {}, &[]),
         ("reply-describe-constraints", "Of a key with every kind.", Opcode::Describe, &constrained, &[]),
+        ("reply-describe-states", "Every state of a version.", Opcode::Describe, &states, &[]),
         ("reply-rotate", "Version 2 is primary.", Opcode::Rotate, &rotated, &[]),
         ("reply-rename", "The id of the key.", Opcode::Rename, &Renamed { id: KEY_ID }, &[]),
         ("reply-export", "The key is the payload.", Opcode::Export, &exported, &IMPORTED),

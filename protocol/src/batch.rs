@@ -30,18 +30,19 @@ impl<'a> Items<'a> {
     /// Checks that the payload is 1 to [`BATCH_ITEMS_MAX`] whole frames and nothing else. Allocates nothing.
     ///
     /// # Errors
-    /// [`BatchError`], the first from the front.
+    /// [`BatchError`].
     pub fn parse(payload: &'a [u8]) -> Result<Self, BatchError> {
         let (mut rest, mut left) = (payload, 0_usize);
         while !rest.is_empty() {
-            if left == BATCH_ITEMS_MAX {
-                return Err(BatchError::TooMany);
-            }
             let frame = Frame::parse(rest, FRAME_MAX).ok().flatten().ok_or(BatchError::Malformed)?;
             rest = rest.get(frame.frame_len()..).ok_or(BatchError::Malformed)?;
             left = left.saturating_add(1);
         }
-        if left == 0 { Err(BatchError::Malformed) } else { Ok(Self { rest: payload, left }) }
+        match left {
+            0 => Err(BatchError::Malformed),
+            1..=BATCH_ITEMS_MAX => Ok(Self { rest: payload, left }),
+            _ => Err(BatchError::TooMany),
+        }
     }
 }
 
@@ -102,6 +103,9 @@ mod tests {
             bad[51 + at] = byte;
             assert_eq!(refused(&bad), Some(BatchError::Malformed), "{at}");
         }
-        assert_eq!(refused(&self::row(BATCH_ITEMS_MAX + 1)), Some(BatchError::TooMany));
+        let mut many = self::row(BATCH_ITEMS_MAX + 1);
+        assert_eq!(refused(&many), Some(BatchError::TooMany));
+        many.push(0);
+        assert_eq!(refused(&many), Some(BatchError::Malformed));
     }
 }

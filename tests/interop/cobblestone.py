@@ -282,12 +282,15 @@ class Vector:
             return bytes.fromhex(byte) * int(count)
         return self.hex("plaintext")
 
+    def digest(self):
+        return hashlib.sha512(self.plaintext()).digest()
+
     def seal(self):
         purpose = self.PURPOSES[self.get("operation")]
         header = make_header(purpose, self.hex("key_id"), int(self.get("version")))
         kek, context = self.hex("kek"), self.context()
         if purpose == INPUT_TAG:
-            return make_tag(kek, header, context, self.hex("digest"))
+            return make_tag(kek, header, context, self.digest())
         plaintext = self.plaintext()
         if purpose == STREAM:
             dek = self.hex("dek")
@@ -345,7 +348,7 @@ class Vector:
             wrapped = seal_with_salt(self.hex("new_kek"), dek_context(header), self.hex("new_dek_salt"), dek)
             return header + wrapped + data[REWRAP_LEN:] == self.hex("result")
         if purpose == INPUT_TAG:
-            check_tag(kek, data, context, self.hex("digest"))
+            check_tag(kek, data, context, self.digest())
             named = parse_header(data, [purpose]) == (purpose, self.hex("key_id"), int(self.get("version")))
             return named and self.seal() == data
         if purpose == STREAM:

@@ -63,6 +63,26 @@ pub fn pidfd_open(pid: i32) -> Option<OwnedFd> {
     Some(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Who runs first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Urgency {
+    /// Before every ordinary process.
+    First,
+    /// Only where nobody else wants to.
+    Last,
+}
+
+/// Has the main thread of this process, 0 for the calling thread, run as urgently; says whether the kernel allowed it.
+pub fn schedule(pid: i32, urgency: Urgency) -> bool {
+    let (policy, sched_priority) = match urgency {
+        Urgency::First => (libc::SCHED_FIFO, 1),
+        Urgency::Last => (libc::SCHED_IDLE, 0),
+    };
+    let parameters = libc::sched_param { sched_priority };
+    // SAFETY: two integers, and a pointer to a live structure.
+    unsafe { libc::sched_setscheduler(pid, policy, &raw const parameters) == 0 }
+}
+
 static LIVE: AtomicUsize = AtomicUsize::new(0);
 static PEAK: AtomicUsize = AtomicUsize::new(0);
 static LARGEST: AtomicUsize = AtomicUsize::new(0);

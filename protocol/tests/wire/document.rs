@@ -149,7 +149,7 @@ fn the_numbers_in_the_sentences_are_those_of_the_code() {
         ("4.33", format!("A connection can bind {} numbers.", grouped(BINDINGS_MAX))),
         ("4.33", format!("that would be the {}th.", grouped(BINDINGS_MAX + 1))),
         ("4.34", format!("Request payload: 1 to {} *items*", grouped(BATCH_ITEMS_MAX))),
-        ("4.34", format!("more than {}, whichever", grouped(BATCH_ITEMS_MAX))),
+        ("4.34", format!("more than {}, with one", grouped(BATCH_ITEMS_MAX))),
         ("7", format!("can hold {REMOTE_STREAMS_MAX} streams open; the {}th", REMOTE_STREAMS_MAX + 1)),
     ] {
         assert!(document.section(section).words.contains(&sentence), "section {section}: {sentence}");

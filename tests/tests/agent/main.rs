@@ -4,6 +4,7 @@
 //! otherwise, ends with that agent stopped, its folder empty and no panic counted.
 
 mod frames;
+mod hostile;
 mod lock;
 mod memory;
 mod operations;
