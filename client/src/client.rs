@@ -22,7 +22,7 @@ use crate::{
     error::{Error, ReplyError},
     operations::{self, DataKey, Moved, Operation},
     remote::{RemoteOpening, RemoteSealing},
-    retry::{Trouble, is_passing},
+    retry::{Pauses, Trouble, is_passing},
     stream::{LocalOpening, LocalSealing},
     wire,
 };
@@ -610,7 +610,7 @@ impl Client {
     //# So a client whose connection broke connects anew and sends the same bytes again.
     /// The reply to a request that names these bound numbers, over as many connections as it takes.
     pub(crate) fn answer(&mut self, request: &Request<'_>, bound: &[Option<u32>]) -> Result<Call, Error> {
-        let mut trouble = Trouble::new(self.retry);
+        let (mut trouble, mut pauses) = (Trouble::new(self.retry), Pauses::default());
         let mut frame = None;
         loop {
             let (pause, answer) = match self.attempt(request, bound, &mut frame) {
@@ -622,7 +622,7 @@ impl Client {
                     let again = is_passing(&error) && (!sent || wire::is_repeatable(request.opcode()));
                     let pause = match busy(Some(&error)) {
                         Some(after) => trouble.busy(Instant::now(), after),
-                        None if again => trouble.lost(Instant::now()),
+                        None if again => trouble.lost(Instant::now(), pauses.next()),
                         None => None,
                     };
                     (pause, Err(error))
