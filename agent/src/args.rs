@@ -1,6 +1,6 @@
 //! The command line of `kms-agent`.
 
-use std::{ffi::OsString, path::PathBuf, process::ExitCode};
+use std::{ffi::OsString, path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Parser, error::ErrorKind};
 use etcetera::BaseStrategy;
@@ -29,6 +29,9 @@ pub(crate) struct Args {
     /// Keep no keystore: every key lives in memory alone
     #[arg(long)]
     pub(crate) memory: bool,
+    /// Lifetime of keys that are added without one, such as 90, 15m, 8h, 7d
+    #[arg(short = 't', value_name = "LIFE", value_parser = kms_protocol::parse_lifetime)]
+    pub(crate) lifetime: Option<Duration>,
     /// The configuration [default: $XDG_CONFIG_HOME/kms-agent/config.toml]
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,

@@ -55,7 +55,23 @@ pub fn authorize(peer: &Peer, request: &Request<'_>, policy: &Policy) -> Result<
         | Request::RemoteStreamOpen { .. }
         | Request::RemoteStreamEncrypt { .. }
         | Request::RemoteStreamDecrypt { .. }
-        | Request::RemoteStreamClose(_) => false,
+        | Request::RemoteStreamClose(_)
+        | Request::Rotate(_)
+        | Request::Rename(_)
+        | Request::Export { .. }
+        | Request::RemoveAll(_)
+        | Request::Wrap { .. }
+        | Request::Unwrap { .. }
+        | Request::DataKey(_)
+        | Request::DataKeyWrapped(_)
+        | Request::Rewrap { .. }
+        | Request::Verify { .. }
+        | Request::Mac { .. }
+        | Request::MacVerify { .. }
+        | Request::Random(_)
+        | Request::Bind(_)
+        | Request::Batch { .. }
+        | Request::Stats => false,
     };
     if policy.locked && !answered_while_locked {
         return Err(Status::Locked);

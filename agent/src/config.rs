@@ -6,6 +6,7 @@
 use std::{
     fs, io,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use kms_protocol::FRAME_MAX;
@@ -34,6 +35,8 @@ pub struct Limits {
     pub keys: usize,
     /// Every key is memory-only, said so or not: the agent was started with `--memory`.
     pub memory_only: bool,
+    /// The lifetime of keys that are added without one: what the agent was started with.
+    pub lifetime: Option<Duration>,
 }
 
 impl Default for Limits {
@@ -44,6 +47,7 @@ impl Default for Limits {
             connections: 16_384,
             keys: 1_000_000,
             memory_only: false,
+            lifetime: None,
         }
     }
 }
@@ -235,7 +239,7 @@ mod tests {
         .unwrap();
         assert_eq!((config.secret_memory, config.log), (Policy::Mlock, Some(LevelFilter::TRACE)));
         let expected =
-            Limits { frame: 131_072, connections: 3, connections_per_uid: 2, keys: 4, memory_only: false };
+            Limits { frame: 131_072, connections: 3, connections_per_uid: 2, keys: 4, ..Limits::default() };
         assert_eq!(config.limits, expected);
     }
 

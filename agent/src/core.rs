@@ -5,43 +5,43 @@
 //! and never blocks: what takes long (the passphrase's key derivation) is handed out as work and comes back.
 
 mod back_off;
+mod batch;
+mod counts;
+mod keys;
 mod refusal;
 mod repeats;
 mod streams;
+mod uses;
 
-use std::time::Duration;
+use std::{collections::HashMap, time::Duration};
 
-use kms_envelope::{
-    Body, ContextRef, Header, KEY_LEN, KeyId, MESSAGE_MAX, MessageKey, Purpose, SALT_LEN, STREAM_HEAD_LEN,
-    message_len, message_plaintext_len, new_stream, open_message, open_stream, seal_message,
-};
+use kms_envelope::{Body, Header, KEY_LEN, KeyId, MESSAGE_MAX, Purpose, STREAM_HEAD_LEN};
 use kms_protocol::{
-    Added, Constraint, Description, Fact, Frame, Hello, KeyAndContext, KeyName, KeyRef, KeyRow, KeyState,
-    Listed, LockState, Locking, Material, NoFields, Opcode, PAGE_ROWS_MAX, PASSPHRASE_MAX, PROTOCOL_VERSION,
-    REMOTE_STREAMS_MAX, RemoteStream, Removed, Request, Status, StatusReply, VersionRow, Welcome, constraint,
+    BINDINGS_MAX, Bind, Bound, Fact, Frame, Hello, KeyName, KeyRef, LockState, Locking, NoFields, Opcode,
+    PAGE_ROWS_MAX, PASSPHRASE_MAX, PROTOCOL_VERSION, REMOTE_STREAMS_MAX, RemoteStream, Request, Status,
+    StatusReply, Welcome, constraint,
 };
 use kms_secret_memory::{Secret, SecretVec};
-use zeroize::Zeroize;
 
 use self::{
     back_off::BackOff,
+    counts::Counts,
     refusal::{Refused, refuse},
-    repeats::{Repeat, Repeats},
+    repeats::Repeats,
     streams::{OpenStream, Streams},
+    uses::{STREAM_KEY_LEN, Use, write_stream_key},
 };
 use crate::{
+    audit::{Audit, Event},
     authorize::{Peer, Permit, Policy, authorize},
     config::Limits,
-    crypto::{Derivation, LOCK_SALT_LEN, Random, Salts, random_bytes, random_secret},
-    keyring::{KeySummary, Keyring, KeyringError, Selector},
+    crypto::{Derivation, LOCK_SALT_LEN, Random, Salts, random_bytes},
+    keyring::{Found, Keyring, KeyringError, Selector},
     reply::Replies,
 };
 
-/// Bytes behind the head of a stream that the client encrypts or opens: message key and base nonce.
-const STREAM_KEY_LEN: usize = KEY_LEN + 12;
-
 /// Requests that a client may have without an answer. Beyond it nothing breaks: the agent stops reading.
-const IN_FLIGHT_MAX: u32 = 256;
+pub(crate) const IN_FLIGHT_MAX: u32 = 256;
 
 /// When a request came.
 #[derive(Clone, Copy, Debug)]
@@ -84,6 +84,17 @@ pub struct Ticket {
 enum TicketPurpose {
     Lock { salt: [u8; LOCK_SALT_LEN] },
     Unlock,
+    Export { key: KeyId, version: u32 },
+}
+
+impl TicketPurpose {
+    fn opcode(&self) -> Opcode {
+        match self {
+            Self::Lock { .. } => Opcode::Lock,
+            Self::Unlock => Opcode::Unlock,
+            Self::Export { .. } => Opcode::Export,
+        }
+    }
 }
 
 /// One connection, as far as the core knows it.
@@ -92,6 +103,8 @@ pub struct Session {
     peer: Peer,
     greeted: bool,
     next_stream: u32,
+    /// What the numbers of `bind` stand for: keys, never permits or versions.
+    bindings: HashMap<u32, KeyId>,
 }
 
 impl Session {
@@ -102,12 +115,13 @@ impl Session {
     }
 }
 
-/// The agent without its sockets.
-pub struct Core<R> {
+/// The agent without its sockets. Randomness and audit are what `main` chooses; time comes in with each call.
+pub struct Core<R, A> {
     own_uid: u32,
     keyring: Keyring,
     limits: Limits,
     random: R,
+    audit: A,
     salts: Salts,
     streams: Streams,
     sessions: u64,
@@ -115,18 +129,19 @@ pub struct Core<R> {
     back_off: BackOff,
     deriving: bool,
     started: Duration,
-    requests: u64,
+    counts: Counts,
 }
 
-impl<R: Random> Core<R> {
+impl<R: Random, A: Audit> Core<R, A> {
     /// A core that serves `own_uid` from `keyring`.
     #[must_use]
-    pub fn new(own_uid: u32, keyring: Keyring, limits: Limits, random: R, now: Now) -> Self {
+    pub fn new(own_uid: u32, keyring: Keyring, limits: Limits, random: R, audit: A, now: Now) -> Self {
         Self {
             own_uid,
             keyring,
             limits,
             random,
+            audit,
             salts: Salts::default(),
             streams: Streams::default(),
             sessions: 0,
@@ -134,7 +149,7 @@ impl<R: Random> Core<R> {
             back_off: BackOff::default(),
             deriving: false,
             started: now.boot,
-            requests: 0,
+            counts: Counts::default(),
         }
     }
 
@@ -160,10 +175,28 @@ impl<R: Random> Core<R> {
         self.keyring.cool();
     }
 
+    /// When [`expire`](Self::expire) has something to do, since boot.
+    #[must_use]
+    pub fn next_deadline(&self) -> Option<Duration> {
+        self.keyring.next_deadline()
+    }
+
+    /// Wipes every key whose lifetime is over, and ends its streams.
+    pub fn expire(&mut self, now: Now) {
+        if self.keyring.next_deadline().is_none_or(|deadline| deadline > now.boot) {
+            return;
+        }
+        for id in self.keyring.expire(now.boot) {
+            self.streams.end_key(id);
+            self.audit.record(&Event::Expired { key: id });
+        }
+    }
+
     /// A new connection of this peer.
     pub fn begin(&mut self, peer: Peer) -> Session {
         self.sessions = self.sessions.wrapping_add(1);
-        Session { number: self.sessions, peer, greeted: false, next_stream: 1 }
+        let number = self.sessions;
+        Session { number, peer, greeted: false, next_stream: 1, bindings: HashMap::new() }
     }
 
     /// The connection is over, and with it its streams.
@@ -185,13 +218,25 @@ impl<R: Random> Core<R> {
         around: Surroundings,
         replies: &mut Replies,
     ) -> Outcome {
-        self.requests = self.requests.wrapping_add(1);
         replies.set_frame_max(self.limits.frame);
-        let request_id = frame.head.request_id;
-        match self.answer(session, frame, now, around, replies) {
-            Ok(outcome) => outcome,
-            Err(refused) => refuse(request_id, &refused, replies),
-        }
+        self.expire(now);
+        let (request_id, opcode) = (frame.head.request_id, Opcode::from_code(frame.head.code));
+        let before = replies.waiting().len();
+        let answered = self.answer(session, frame, now, around, replies);
+        let outcome = match answered {
+            Ok(outcome) => {
+                if !matches!(outcome, Outcome::Derive(..)) {
+                    self.counts.ended(opcode, Status::Ok);
+                }
+                outcome
+            }
+            Err(refused) => {
+                self.counts.ended(opcode, refused.status);
+                refuse(request_id, &refused, replies)
+            }
+        };
+        self.counts.moved(frame.frame_len(), replies.waiting().len().saturating_sub(before));
+        outcome
     }
 
     /// Answers a head that no frame has; the connection ends.
@@ -204,6 +249,7 @@ impl<R: Random> Core<R> {
                 (Status::Malformed, request_id)
             }
         };
+        self.counts.ended(None, status);
         refuse(request_id, &status.into(), replies);
     }
 
@@ -215,7 +261,6 @@ impl<R: Random> Core<R> {
         around: Surroundings,
         replies: &mut Replies,
     ) -> Result<Outcome, Refused> {
-        let request_id = frame.head.request_id;
         let fatal = |status| Refused { close: true, ..Refused::from(status) };
         let Some(opcode) = Opcode::from_code(frame.head.code) else {
             return Err(if session.greeted { Status::Unsupported.into() } else { fatal(Status::Malformed) });
@@ -224,8 +269,22 @@ impl<R: Random> Core<R> {
             return Err(fatal(Status::Malformed));
         }
         let request = Request::decode(opcode, frame).map_err(|_| fatal(Status::Malformed))?;
+        self.carry_out(session, request, frame.head.request_id, now, around, replies)
+    }
+
+    /// Does what a request asks for, if its peer may. The one way to anything behind [`authorize`].
+    fn carry_out(
+        &mut self,
+        session: &mut Session,
+        request: Request<'_>,
+        request_id: u32,
+        now: Now,
+        around: Surroundings,
+        replies: &mut Replies,
+    ) -> Result<Outcome, Refused> {
         let policy = Policy { own_uid: self.own_uid, locked: self.keyring.is_locked() };
         let permit = authorize(&session.peer, &request, &policy)?;
+        let uid = session.peer.uid;
         match request {
             Request::Hello(hello) => self.hello(session, hello, request_id, replies)?,
             Request::Ping => replies.push_done(request_id)?,
@@ -240,54 +299,54 @@ impl<R: Random> Core<R> {
                 return self.unlock(permit, session.peer, passphrase, request_id, now, replies);
             }
             Request::Add { fields, material } => {
-                let added = match self.repeats.find(session.peer.uid, fields.token) {
-                    Some(Repeat::Added(added)) => added,
-                    Some(Repeat::Removed(_)) => return Err(Status::Malformed.into()),
-                    None => {
-                        let added = self.add(&permit, &fields, material, now)?;
-                        self.repeats.remember(session.peer.uid, fields.token, Repeat::Added(added));
-                        added
-                    }
-                };
+                let added =
+                    self.once(uid, fields.token, |core| core.add(&permit, uid, &fields, material, now))?;
                 push(replies, request_id, &added)?;
             }
-            Request::List(list) => {
-                let (rows, next) = self.keyring.page(&permit, list.cursor)?;
-                let mut listed = Listed { keys: rows.iter().map(row).collect(), next };
-                let pushed = push(replies, request_id, &listed);
-                listed.keys.iter_mut().for_each(|row| row.name.zeroize());
-                pushed?;
-            }
+            Request::List(list) => self.list(&permit, list.cursor, now, request_id, replies)?,
             Request::Describe(describe) => {
-                let summary = self.keyring.describe(&permit, selector(describe.key)?)?;
-                let mut description = description(&summary, describe.versions_after);
-                let pushed = push(replies, request_id, &description);
-                description.key.name.zeroize();
-                pushed?;
+                let key = session.selector(describe.key)?;
+                self.describe(&permit, key, describe.versions_after, now, request_id, replies)?;
             }
             Request::Remove(remove) => {
-                let removed = match self.repeats.find(session.peer.uid, remove.token) {
-                    Some(Repeat::Removed(removed)) => removed,
-                    Some(Repeat::Added(_)) => return Err(Status::Malformed.into()),
-                    None => {
-                        let id = self.keyring.remove(&permit, selector(remove.key)?)?;
-                        self.streams.end_key(id);
-                        let removed = Removed { id: *id.as_bytes() };
-                        self.repeats.remember(session.peer.uid, remove.token, Repeat::Removed(removed));
-                        removed
-                    }
-                };
+                let removed = self.once(uid, remove.token, |core| {
+                    core.remove(&permit, uid, session.selector(remove.key)?)
+                })?;
                 push(replies, request_id, &removed)?;
             }
+            Request::Rotate(rotate) => {
+                let rotated = self.once(uid, rotate.token, |core| {
+                    core.rotate(&permit, uid, session.selector(rotate.key)?, now)
+                })?;
+                push(replies, request_id, &rotated)?;
+            }
+            Request::Rename(rename) => {
+                let renamed = self.once(uid, rename.token, |core| {
+                    core.rename(&permit, uid, session.selector(rename.key)?, rename.name)
+                })?;
+                push(replies, request_id, &renamed)?;
+            }
+            Request::RemoveAll(remove) => {
+                let removed = self.once(uid, remove.token, |core| core.remove_all(&permit, uid))?;
+                push(replies, request_id, &removed)?;
+            }
+            Request::Export { fields, passphrase } => {
+                let key = self.keyring.find(&permit, session.selector(fields.key)?)?;
+                return self.export(permit, uid, &key, fields.version, passphrase, request_id, now, replies);
+            }
             Request::Encrypt { fields, plaintext } => {
-                self.encrypt(&permit, fields, plaintext, request_id, replies)?
+                let key = session.selector(fields.key)?;
+                let using = Use::new(&permit, fields.context, request_id, replies);
+                self.seal(using, key, Purpose::Message, plaintext)?;
             }
             Request::Decrypt { fields, ciphertext } => {
-                self.decrypt(&permit, fields, ciphertext, request_id, replies)?
+                let using = Use::new(&permit, fields.context, request_id, replies);
+                self.open(using, session.selector(fields.key), Purpose::Message, ciphertext)?;
             }
             Request::StreamNew(fields) => {
-                let (head, key) = self.new_stream(&permit, fields)?;
                 let payload_len = STREAM_HEAD_LEN.saturating_add(STREAM_KEY_LEN);
+                replies.check_room(&NoFields {}, payload_len)?;
+                let (head, key) = self.new_stream(&permit, session.selector(fields.key)?, fields.context)?;
                 replies.push(request_id, &NoFields {}, payload_len, |payload| {
                     let (head_part, key_part) =
                         payload.split_at_mut_checked(STREAM_HEAD_LEN).ok_or(Status::Internal)?;
@@ -296,13 +355,15 @@ impl<R: Random> Core<R> {
                 })??;
             }
             Request::StreamOpen { fields, head } => {
-                let key = self.open_stream(&permit, fields, head)?;
+                replies.check_room(&NoFields {}, STREAM_KEY_LEN)?;
+                let (key, _) =
+                    self.open_stream(&permit, session.selector(fields.key), fields.context, head)?;
                 replies.push(request_id, &NoFields {}, STREAM_KEY_LEN, |payload| {
                     write_stream_key(payload, &key)
                 })??;
             }
             Request::RemoteStreamNew(fields) => {
-                let (head, key) = self.new_stream(&permit, fields)?;
+                let (head, key) = self.new_stream(&permit, session.selector(fields.key)?, fields.context)?;
                 let body = Box::new(Body::new(key));
                 let key = Header::parse(&head)?.key_id;
                 let stream = self.streams.hold(session, key, OpenStream::Encrypt { body, next: 0 })?;
@@ -313,9 +374,10 @@ impl<R: Random> Core<R> {
                 self.streams.keep_if(session, stream, pushed)??;
             }
             Request::RemoteStreamOpen { fields, head } => {
-                let body = Box::new(Body::new(self.open_stream(&permit, fields, head)?));
-                let key = Header::parse(head)?.key_id;
-                let stream = self.streams.hold(session, key, OpenStream::Decrypt { body })?;
+                let key = session.selector(fields.key);
+                let (message_key, id) = self.open_stream(&permit, key, fields.context, head)?;
+                let body = Box::new(Body::new(message_key));
+                let stream = self.streams.hold(session, id, OpenStream::Decrypt { body })?;
                 let pushed = replies.push(request_id, &RemoteStream { stream }, 0, |_| Ok::<(), Status>(()));
                 self.streams.keep_if(session, stream, pushed)??;
             }
@@ -329,6 +391,58 @@ impl<R: Random> Core<R> {
                 self.streams.close(&permit, session, stream)?;
                 replies.push_done(request_id)?;
             }
+            Request::Wrap { fields, plaintext } => {
+                let key = session.selector(fields.key)?;
+                let using = Use::new(&permit, fields.context, request_id, replies);
+                self.seal(using, key, Purpose::WrappedKey, plaintext)?;
+            }
+            Request::Unwrap { fields, ciphertext } => {
+                let using = Use::new(&permit, fields.context, request_id, replies);
+                self.open(using, session.selector(fields.key), Purpose::WrappedKey, ciphertext)?;
+            }
+            Request::DataKey(fields) => {
+                let key = session.selector(fields.key)?;
+                let using = Use::new(&permit, fields.context, request_id, replies);
+                self.data_key(using, key, fields.length, true)?;
+            }
+            Request::DataKeyWrapped(fields) => {
+                let key = session.selector(fields.key)?;
+                let using = Use::new(&permit, fields.context, request_id, replies);
+                self.data_key(using, key, fields.length, false)?;
+            }
+            Request::Rewrap { fields, ciphertext } => {
+                let to = fields.to.map(|to| session.selector(to)).transpose()?;
+                let using = Use::new(&permit, fields.context, request_id, replies);
+                self.rewrap(using, session.selector(fields.key), to, ciphertext)?;
+            }
+            Request::Verify { fields, ciphertext } => {
+                let using = Use::new(&permit, fields.context, request_id, replies);
+                self.verify(using, session.selector(fields.key), ciphertext)?;
+            }
+            Request::Mac { fields, digest } => {
+                let key = session.selector(fields.key)?;
+                let using = Use::new(&permit, fields.context, request_id, replies);
+                self.mac(using, key, digest)?;
+            }
+            Request::MacVerify { fields, tag_and_digest } => {
+                let using = Use::new(&permit, fields.context, request_id, replies);
+                self.verify_mac(using, session.selector(fields.key), tag_and_digest)?;
+            }
+            Request::Random(kms_protocol::Random { length }) => {
+                self.random(&permit, length, request_id, replies)?;
+            }
+            Request::Bind(Bind { number, key }) => {
+                let Found { id, .. } = self.keyring.find(&permit, session.selector(key)?)?;
+                if session.bindings.len() >= BINDINGS_MAX && !session.bindings.contains_key(&number) {
+                    return Err(Status::Limit.into());
+                }
+                session.bindings.insert(number, id);
+                push(replies, request_id, &Bound { id: *id.as_bytes() })?;
+            }
+            Request::Batch { frames } => {
+                self.batch(session, &permit, frames, request_id, now, around, replies)?;
+            }
+            Request::Stats => self.stats(&permit, now, around, request_id, replies)?,
         }
         Ok(Outcome::Continue)
     }
@@ -366,6 +480,7 @@ impl<R: Random> Core<R> {
         let fact = |name: &str, value: String| Fact { name: name.to_owned(), value };
         let secret_memory =
             self.keyring.backing().map_or_else(|| "wiped".to_owned(), |backing| backing.to_string());
+        let passphrase = self.keyring.lock_salt().is_some();
         StatusReply {
             state: if self.keyring.is_locked() { LockState::Locked } else { LockState::Unlocked },
             facts: vec![
@@ -378,139 +493,11 @@ impl<R: Random> Core<R> {
                 fact("connections", around.connections.to_string()),
                 fact("panics", around.panics.to_string()),
                 fact("uptime-ms", now.boot.saturating_sub(self.started).as_millis().to_string()),
-                fact("requests", self.requests.to_string()),
+                fact("requests", self.counts.requests().to_string()),
                 fact("frame-pool", around.frame_pool.to_string()),
+                fact("lock-passphrase", if passphrase { "set" } else { "none" }.to_owned()),
             ],
         }
-    }
-
-    fn add(
-        &mut self,
-        permit: &Permit,
-        fields: &kms_protocol::Add<'_>,
-        material: &[u8],
-        now: Now,
-    ) -> Result<Added, Refused> {
-        let name = KeyName::parse(fields.name).map_err(|_| Status::Malformed)?;
-        let (mut memory_only, mut seen) = (self.limits.memory_only, false);
-        for Constraint { kind, value } in &fields.constraints {
-            match (*kind, *value) {
-                (constraint::MEMORY_ONLY, 0) if !seen => (memory_only, seen) = (true, true),
-                (constraint::MEMORY_ONLY, _) => return Err(Status::Malformed.into()),
-                _ => return Err(Status::Unsupported.into()),
-            }
-        }
-        let import = match fields.material {
-            Material::Generate if material.is_empty() => None,
-            Material::Import => Some(material.try_into().map_err(|_| Status::Malformed)?),
-            Material::Generate => return Err(Status::Malformed.into()),
-        };
-        if fields.if_missing
-            && let Ok(summary) = self.keyring.describe(permit, Selector::Name(name))
-        {
-            return Ok(added(&summary, false));
-        }
-        if !memory_only {
-            return Err(Status::StoreUnavailable.into());
-        }
-        let summary = self.keyring.add(permit, name, import, self.limits.keys, now.unix, &mut self.random)?;
-        Ok(added(&summary, true))
-    }
-
-    fn encrypt(
-        &mut self,
-        permit: &Permit,
-        fields: KeyAndContext<'_>,
-        plaintext: &[u8],
-        request_id: u32,
-        replies: &mut Replies,
-    ) -> Result<(), Refused> {
-        let context = ContextRef::parse(fields.context)?;
-        if plaintext.len() > MESSAGE_MAX {
-            return Err(Status::TooLarge.into());
-        }
-        let (key_id, key_version) = self.keyring.primary(permit, selector(fields.key)?)?;
-        let header = Header { purpose: Purpose::Message, key_id, key_version };
-        let salt = self.salts.next(&mut self.random)?;
-        let keyring = &mut self.keyring;
-        replies.push(request_id, &NoFields {}, message_len(plaintext.len()), |out| {
-            keyring
-                .with_key(permit, &key_id, key_version, |key| {
-                    seal_message(key, &header, context, &salt, plaintext, out)
-                })?
-                .map_err(Refused::from)
-        })?
-    }
-
-    fn decrypt(
-        &mut self,
-        permit: &Permit,
-        fields: KeyAndContext<'_>,
-        ciphertext: &[u8],
-        request_id: u32,
-        replies: &mut Replies,
-    ) -> Result<(), Refused> {
-        let context = ContextRef::parse(fields.context)?;
-        let header = Header::parse(ciphertext)?;
-        if header.purpose != Purpose::Message {
-            return Err(Status::Malformed.into());
-        }
-        if ciphertext.len() > message_len(MESSAGE_MAX) {
-            return Err(Status::TooLarge.into());
-        }
-        self.check_key(permit, fields.key, &header)?;
-        let plaintext_len = message_plaintext_len(ciphertext.len()).ok_or(Status::InvalidCiphertext)?;
-        let keyring = &mut self.keyring;
-        replies.push(request_id, &NoFields {}, plaintext_len, |out| {
-            keyring
-                .with_key(permit, &header.key_id, header.key_version, |key| {
-                    open_message(key, ciphertext, Purpose::Message, context, out)
-                })?
-                .map_err(Refused::from)
-                .map(|_| ())
-        })?
-    }
-
-    /// The key of the request must exist and be the one that the ciphertext names.
-    fn check_key(&mut self, permit: &Permit, key: KeyRef<'_>, header: &Header) -> Result<(), Refused> {
-        let (id, _) = self.keyring.primary(permit, selector(key)?)?;
-        if id == header.key_id { Ok(()) } else { Err(Status::WrongKey.into()) }
-    }
-
-    fn new_stream(
-        &mut self,
-        permit: &Permit,
-        fields: KeyAndContext<'_>,
-    ) -> Result<([u8; STREAM_HEAD_LEN], MessageKey), Refused> {
-        let context = ContextRef::parse(fields.context)?;
-        let (key_id, key_version) = self.keyring.primary(permit, selector(fields.key)?)?;
-        let header = Header { purpose: Purpose::Stream, key_id, key_version };
-        let dek = random_secret::<KEY_LEN>(&mut self.random)?;
-        let dek_salt = random_bytes::<SALT_LEN>(&mut self.random)?;
-        let body_salt = random_bytes::<SALT_LEN>(&mut self.random)?;
-        self.keyring
-            .with_key(permit, &key_id, key_version, |key| {
-                new_stream(key, &header, context, dek.expose_secret(), &dek_salt, &body_salt)
-            })?
-            .map_err(Refused::from)
-    }
-
-    fn open_stream(
-        &mut self,
-        permit: &Permit,
-        fields: KeyAndContext<'_>,
-        head: &[u8],
-    ) -> Result<MessageKey, Refused> {
-        let context = ContextRef::parse(fields.context)?;
-        let header = Header::parse(head)?;
-        if header.purpose != Purpose::Stream {
-            return Err(Status::Malformed.into());
-        }
-        self.check_key(permit, fields.key, &header)?;
-        let head: &[u8; STREAM_HEAD_LEN] = head.try_into().map_err(|_| Status::InvalidCiphertext)?;
-        self.keyring
-            .with_key(permit, &header.key_id, header.key_version, |key| open_stream(key, head, context))?
-            .map_err(Refused::from)
     }
 
     fn lock(
@@ -544,19 +531,19 @@ impl<R: Random> Core<R> {
         replies: &mut Replies,
     ) -> Result<Outcome, Refused> {
         let passphrase = secret_passphrase(passphrase)?;
-        let Some(salt) = self.keyring.lock_salt() else {
+        let Some(salt) = self.keyring.lock_salt().filter(|_| self.keyring.is_locked()) else {
             push(replies, request_id, &Locking { changed: false })?;
             return Ok(Outcome::Continue);
         };
-        let wait = self.back_off.wait(peer.uid, now.boot);
-        if !wait.is_zero() {
-            return Err(Refused::busy(wait));
-        }
-        self.derive(
-            passphrase,
-            salt,
-            Ticket { request_id, permit, uid: peer.uid, purpose: TicketPurpose::Unlock },
-        )
+        self.back_off(peer.uid, now)?;
+        let purpose = TicketPurpose::Unlock;
+        self.derive(passphrase, salt, Ticket { request_id, permit, uid: peer.uid, purpose })
+    }
+
+    /// A uid that gave a wrong passphrase waits before the next one is tried.
+    fn back_off(&self, uid: u32, now: Now) -> Result<(), Refused> {
+        let wait = self.back_off.wait(uid, now.boot);
+        if wait.is_zero() { Ok(()) } else { Err(Refused::busy(wait)) }
     }
 
     /// One derivation at a time: each takes a core and 256 MiB.
@@ -576,58 +563,86 @@ impl<R: Random> Core<R> {
     /// Takes the result of a [`Derivation`] and writes the reply that waited for it.
     pub fn derived(&mut self, ticket: Ticket, key: Option<Secret<KEY_LEN>>, now: Now, replies: &mut Replies) {
         self.deriving = false;
-        let Ticket { request_id, permit, uid, purpose } = ticket;
-        let done = key.ok_or(Refused::busy(Duration::from_secs(1))).and_then(|key| match purpose {
-            TicketPurpose::Lock { salt } => {
-                let locked = self.keyring.lock(&permit, &key, salt, &mut self.random);
-                if locked.is_ok() {
-                    self.streams.end_all();
-                }
-                locked.map_err(Refused::from)
+        self.expire(now);
+        let opcode = ticket.purpose.opcode();
+        let request_id = ticket.request_id;
+        let key = key.ok_or(Refused::busy(Duration::from_secs(1)));
+        let done = key.and_then(|key| self.finish(ticket, &key, now, replies));
+        match done {
+            Ok(()) => self.counts.ended(Some(opcode), Status::Ok),
+            Err(refused) => {
+                self.counts.ended(Some(opcode), refused.status);
+                refuse(request_id, &refused, replies);
             }
-            TicketPurpose::Unlock => self.try_unlock(&permit, uid, &key, now),
-        });
-        let pushed = match done {
-            Ok(()) => push(replies, request_id, &Locking { changed: true }),
-            Err(refused) => Err(refused),
-        };
-        if let Err(refused) = pushed {
-            refuse(request_id, &refused, replies);
         }
     }
 
-    fn try_unlock(
+    fn finish(
         &mut self,
-        permit: &Permit,
-        uid: u32,
+        ticket: Ticket,
         key: &Secret<KEY_LEN>,
         now: Now,
+        replies: &mut Replies,
     ) -> Result<(), Refused> {
-        let unlocked = self.keyring.unlock(permit, key, &mut self.random);
-        match unlocked {
-            Ok(()) => {
-                self.back_off.right(uid);
-                tracing::info!(uid, "unlocked");
+        let Ticket { request_id, permit, uid, purpose } = ticket;
+        match purpose {
+            TicketPurpose::Lock { salt } => {
+                self.keyring.lock(&permit, key, salt, &mut self.random)?;
+                self.streams.end_all();
+                self.audit.record(&Event::Locked { uid });
+                push(replies, request_id, &Locking { changed: true })
             }
+            TicketPurpose::Unlock => {
+                let unlocked = self.keyring.unlock(&permit, key, &mut self.random);
+                self.judge_passphrase(uid, unlocked, now)?;
+                self.expire(now);
+                self.audit.record(&Event::Unlocked { uid });
+                push(replies, request_id, &Locking { changed: true })
+            }
+            TicketPurpose::Export { key: id, version } => {
+                // It may have been locked meanwhile.
+                let found = self.keyring.find(&permit, Selector::Id(id))?;
+                let right = self.keyring.check_passphrase(&permit, key);
+                self.judge_passphrase(uid, right, now)?;
+                self.give_out(&permit, uid, &found, version, request_id, replies)
+            }
+        }
+    }
+
+    /// Remembers a wrong passphrase against its uid, and a right one for it.
+    fn judge_passphrase(
+        &mut self,
+        uid: u32,
+        outcome: Result<(), KeyringError>,
+        now: Now,
+    ) -> Result<(), Refused> {
+        match outcome {
+            Ok(()) => self.back_off.right(uid),
             Err(KeyringError::WrongPassphrase) => {
                 let failures = self.back_off.wrong(uid, now.boot);
-                tracing::warn!(uid, failures, "wrong passphrase");
+                self.audit.record(&Event::WrongPassphrase { uid, failures });
             }
             Err(_) => {}
         }
-        Ok(unlocked?)
+        Ok(outcome?)
+    }
+}
+
+impl Session {
+    /// The key that a request means.
+    fn selector<'a>(&self, key: KeyRef<'a>) -> Result<Selector<'a>, Refused> {
+        match key {
+            KeyRef::Name(name) => Ok(Selector::Name(KeyName::parse(name).map_err(|_| Status::Malformed)?)),
+            KeyRef::Id(id) => Ok(Selector::Id(KeyId::from_bytes(id))),
+            KeyRef::Bound(number) => {
+                self.bindings.get(&number).map(|id| Selector::Id(*id)).ok_or(Status::NotFound.into())
+            }
+        }
     }
 }
 
 fn push<T: bincode::Encode>(replies: &mut Replies, request_id: u32, fields: &T) -> Result<(), Refused> {
     replies.push(request_id, fields, 0, |_| Ok::<(), Refused>(()))?
-}
-
-fn selector(key: KeyRef<'_>) -> Result<Selector<'_>, Refused> {
-    match key {
-        KeyRef::Name(name) => Ok(Selector::Name(KeyName::parse(name).map_err(|_| Status::Malformed)?)),
-        KeyRef::Id(id) => Ok(Selector::Id(KeyId::from_bytes(id))),
-    }
 }
 
 fn secret_passphrase(bytes: &[u8]) -> Result<SecretVec, Refused> {
@@ -637,53 +652,4 @@ fn secret_passphrase(bytes: &[u8]) -> Result<SecretVec, Refused> {
     let mut passphrase = SecretVec::with_capacity(bytes.len());
     passphrase.push_slice(bytes).map_err(|_| Status::Malformed)?;
     Ok(passphrase)
-}
-
-fn write_stream_key(out: &mut [u8], key: &MessageKey) -> Result<(), Status> {
-    let (message_key, base_nonce) = key.expose_secret();
-    let (key_part, nonce_part) = out.split_at_mut_checked(KEY_LEN).ok_or(Status::Internal)?;
-    key_part.copy_from_slice(message_key);
-    nonce_part.get_mut(..base_nonce.len()).ok_or(Status::Internal)?.copy_from_slice(base_nonce);
-    Ok(())
-}
-
-fn added(summary: &KeySummary, created: bool) -> Added {
-    Added {
-        id: *summary.id.as_bytes(),
-        version: summary.primary.value(),
-        check_value: summary.check_value,
-        created,
-    }
-}
-
-fn row(summary: &KeySummary) -> KeyRow {
-    KeyRow {
-        name: summary.name.as_str().to_owned(),
-        id: *summary.id.as_bytes(),
-        memory_only: true,
-        state: KeyState::Enabled,
-        primary: summary.primary.value(),
-        minimum: 1,
-        versions: 1,
-        check_value: summary.check_value,
-        created: summary.created,
-        expires_in: None,
-        uses: summary.uses,
-    }
-}
-
-fn description(summary: &KeySummary, versions_after: u32) -> Description {
-    let version = VersionRow {
-        version: summary.primary.value(),
-        state: KeyState::Enabled,
-        check_value: summary.check_value,
-        created: summary.created,
-        uses: summary.uses,
-    };
-    Description {
-        key: row(summary),
-        versions: if version.version > versions_after { vec![version] } else { Vec::new() },
-        more: false,
-        constraints: vec![Constraint { kind: constraint::MEMORY_ONLY, value: 0 }],
-    }
 }

@@ -127,7 +127,8 @@ impl RecordNonces {
     }
 }
 
-/// A key version as it lies in ordinary memory: 56 bytes.
+/// A key version as it lies in ordinary memory: 56 bytes, and no secret without the shield.
+#[derive(Clone)]
 pub(crate) struct SealedKey {
     nonce: u64,
     tag: [u8; RECORD_TAG_LEN],
@@ -157,6 +158,44 @@ struct Hot {
     shield: RecordKey,
     keys: [Option<HotKey>; HOT_KEYS],
     next: usize,
+}
+
+impl Hot {
+    /// Makes sure that a key version is at hand, and says where.
+    fn expand(&mut self, id: &KeyId, version: KeyVersion, sealed: &SealedKey) -> Result<usize, CryptoError> {
+        let at_hand =
+            |entry: &Option<HotKey>| entry.as_ref().is_some_and(|e| e.id == *id && e.version == version);
+        if let Some(place) = self.keys.iter().position(at_hand) {
+            return Ok(place);
+        }
+        let mut bytes = sealed.bytes;
+        let opened = self.shield.open(sealed.nonce, &record_place(id, version), &mut bytes, &sealed.tag);
+        let place = self.next;
+        if opened.is_ok()
+            && let Some(entry) = self.keys.get_mut(place)
+        {
+            *entry = Some(HotKey { id: *id, version, key: ExpandKey::new(&bytes) });
+            self.next = place.wrapping_add(1) % HOT_KEYS;
+        }
+        bytes.zeroize();
+        opened.map(|()| place).map_err(|_| CryptoError::Record)
+    }
+
+    fn at(&self, place: usize) -> Result<&ExpandKey, CryptoError> {
+        self.keys.get(place).and_then(Option::as_ref).map(|entry| &entry.key).ok_or(CryptoError::Record)
+    }
+}
+
+/// Does `work` in a frame of its own, so that all that it leaves on the stack lies in the part that is wiped then. What
+/// stands in the caller's own frame would not.
+fn apart<T>(work: impl FnOnce() -> T) -> T {
+    #[inline(never)]
+    fn below<T>(work: impl FnOnce() -> T) -> T {
+        work()
+    }
+    let result = below(work);
+    zeroize_stack::<STACK_WIPE_LEN>();
+    result
 }
 
 /// The shield over all keys: the pre-key in secret memory and what is derived from it.
@@ -189,13 +228,12 @@ impl Shield {
 
     fn hot(&mut self) -> Result<&mut Hot, CryptoError> {
         if self.hot.is_none() {
-            let shield = RecordKey::from_pre_key(self.pre_key.expose_secret());
-            let hot = LockedBox::with_policy(
-                Hot { shield, keys: [const { None }; HOT_KEYS], next: 0 },
-                self.memory,
-            )?;
-            zeroize_stack::<STACK_WIPE_LEN>();
-            self.hot = Some(hot);
+            let hot = apart(|| {
+                let shield = RecordKey::from_pre_key(self.pre_key.expose_secret());
+                let hot = Hot { shield, keys: [const { None }; HOT_KEYS], next: 0 };
+                LockedBox::with_policy(hot, self.memory)
+            });
+            self.hot = Some(hot?);
         }
         self.hot.as_mut().map(LockedBox::expose_secret_mut).ok_or(CryptoError::Record)
     }
@@ -209,15 +247,29 @@ impl Shield {
         nonces: &mut RecordNonces,
     ) -> Result<SealedKey, CryptoError> {
         let nonce = nonces.next()?;
-        let mut bytes = *key;
-        let tag = self.hot()?.shield.seal(nonce, &record_place(id, version), &mut bytes);
-        match tag {
-            Ok(tag) => Ok(SealedKey { nonce, tag, bytes }),
-            Err(_) => {
-                bytes.zeroize();
-                Err(CryptoError::Record)
+        let hot = self.hot()?;
+        apart(|| {
+            let mut bytes = *key;
+            match hot.shield.seal(nonce, &record_place(id, version), &mut bytes) {
+                Ok(tag) => Ok(SealedKey { nonce, tag, bytes }),
+                Err(_) => {
+                    bytes.zeroize();
+                    Err(CryptoError::Record)
+                }
             }
-        }
+        })
+    }
+
+    /// Draws the bytes of a new key version and seals them.
+    pub(crate) fn seal_new(
+        &mut self,
+        id: &KeyId,
+        version: KeyVersion,
+        nonces: &mut RecordNonces,
+        random: &mut impl Random,
+    ) -> Result<SealedKey, CryptoError> {
+        let key = random_secret::<KEY_LEN>(random)?;
+        self.seal(id, version, key.expose_secret(), nonces)
     }
 
     /// Lends the bytes of a key version to `work`, and wipes them and the stack behind it.
@@ -229,12 +281,13 @@ impl Shield {
         work: impl FnOnce(&[u8; KEY_LEN]) -> T,
     ) -> Result<T, CryptoError> {
         let hot = self.hot()?;
-        let mut bytes = sealed.bytes;
-        let opened = hot.shield.open(sealed.nonce, &record_place(id, version), &mut bytes, &sealed.tag);
-        let result = opened.map(|()| work(&bytes));
-        bytes.zeroize();
-        zeroize_stack::<STACK_WIPE_LEN>();
-        result.map_err(|_| CryptoError::Record)
+        apart(|| {
+            let mut bytes = sealed.bytes;
+            let opened = hot.shield.open(sealed.nonce, &record_place(id, version), &mut bytes, &sealed.tag);
+            let result = opened.map(|()| work(&bytes));
+            bytes.zeroize();
+            result.map_err(|_| CryptoError::Record)
+        })
     }
 
     /// Lends a key version, expanded, to `work`, and wipes the stack behind it.
@@ -246,27 +299,27 @@ impl Shield {
         work: impl FnOnce(&ExpandKey) -> T,
     ) -> Result<T, CryptoError> {
         let hot = self.hot()?;
-        let at_hand =
-            |entry: &Option<HotKey>| entry.as_ref().is_some_and(|e| e.id == *id && e.version == version);
-        if let Some(entry) = hot.keys.iter().find(|entry| at_hand(entry)).and_then(Option::as_ref) {
-            let result = work(&entry.key);
-            zeroize_stack::<STACK_WIPE_LEN>();
-            return Ok(result);
-        }
-        let mut bytes = sealed.bytes;
-        let opened = hot.shield.open(sealed.nonce, &record_place(id, version), &mut bytes, &sealed.tag);
-        if opened.is_err() {
-            bytes.zeroize();
-            return Err(CryptoError::Record);
-        }
-        let place = hot.next;
-        hot.next = place.wrapping_add(1) % HOT_KEYS;
-        let entry = hot.keys.get_mut(place).ok_or(CryptoError::Record)?;
-        let key = &entry.insert(HotKey { id: *id, version, key: ExpandKey::new(&bytes) }).key;
-        bytes.zeroize();
-        let result = work(key);
-        zeroize_stack::<STACK_WIPE_LEN>();
-        Ok(result)
+        apart(|| {
+            let place = hot.expand(id, version, sealed)?;
+            hot.at(place).map(work)
+        })
+    }
+
+    /// Lends two key versions, expanded, to `work`, and wipes the stack behind it.
+    pub(crate) fn with_keys<T>(
+        &mut self,
+        first: (&KeyId, KeyVersion, &SealedKey),
+        second: (&KeyId, KeyVersion, &SealedKey),
+        work: impl FnOnce(&ExpandKey, &ExpandKey) -> T,
+    ) -> Result<T, CryptoError> {
+        let hot = self.hot()?;
+        apart(|| {
+            hot.expand(first.0, first.1, first.2)?;
+            let second = hot.expand(second.0, second.1, second.2)?;
+            // The second may have taken the place of the first; the place after it is another one.
+            let first = hot.expand(first.0, first.1, first.2)?;
+            Ok(work(hot.at(first)?, hot.at(second)?))
+        })
     }
 
     /// Forgets a key that is at hand.

@@ -1,10 +1,15 @@
 //! The keys that the agent holds, and their lock.
 //!
-//! Owns the records, the indexes by name and by id, the use counts, and what a lock makes of them. It does nothing
-//! without a [`Permit`]. It never sees a socket, a frame or an opcode, and key bytes only pass through it sealed or as
-//! an argument of a closure.
+//! Owns the records and their versions, the indexes by name and by id, constraints, use counts, deadlines, and what a lock
+//! makes of all that. It does nothing without a [`Permit`]. It never sees a socket, a frame or an opcode, and key bytes only
+//! pass through it sealed or as an argument of a closure.
 
-use std::hash::{BuildHasher, RandomState};
+use std::{
+    collections::BTreeSet,
+    hash::{BuildHasher, RandomState},
+    num::NonZeroU64,
+    time::Duration,
+};
 
 use compact_str::CompactString;
 use hashbrown::HashTable;
@@ -16,6 +21,7 @@ use zeroize::{Zeroize, Zeroizing};
 
 use crate::{
     authorize::Permit,
+    constraints::Constraints,
     crypto::{
         CryptoError, LOCK_SALT_LEN, Random, RecordNonces, STACK_WIPE_LEN, SealedKey, Shield, random_bytes,
         random_secret,
@@ -34,9 +40,18 @@ pub enum KeyringError {
     /// The name is taken.
     #[error("a key of that name exists")]
     Exists,
-    /// The configured number of keys is reached.
+    /// The configured number of keys or versions is reached.
     #[error("the keyring is full")]
     Full,
+    /// The key was used as often as it may be.
+    #[error("the key has no use left")]
+    UsedUp,
+    /// A person would have to say yes.
+    #[error("the key asks for a confirmation")]
+    Unconfirmed,
+    /// The key was not added to be exported.
+    #[error("the key is not exportable")]
+    NotExportable,
     /// The passphrase does not open the lock.
     #[error("the passphrase is wrong")]
     WrongPassphrase,
@@ -52,15 +67,27 @@ pub(crate) enum Selector<'a> {
     Id(KeyId),
 }
 
+/// A key that was looked up for this request, and its primary version then.
+#[derive(Clone, Copy)]
+pub(crate) struct Found {
+    slot: u32,
+    pub(crate) id: KeyId,
+    pub(crate) primary: KeyVersion,
+}
+
 /// What is known of a key, without its secret.
 pub(crate) struct KeySummary {
     pub(crate) name: CompactString,
     pub(crate) id: KeyId,
     pub(crate) primary: KeyVersion,
+    pub(crate) versions: u32,
     pub(crate) check_value: [u8; 8],
     /// Seconds since 1970.
     pub(crate) created: u64,
     pub(crate) uses: u64,
+    /// Since boot.
+    pub(crate) expires: Option<Duration>,
+    pub(crate) constraints: Constraints,
 }
 
 impl Drop for KeySummary {
@@ -69,14 +96,48 @@ impl Drop for KeySummary {
     }
 }
 
-/// A key as it lies in ordinary memory.
-struct KeyRecord {
-    name: CompactString,
-    id: KeyId,
+/// What is known of a version.
+pub(crate) struct VersionSummary {
+    pub(crate) version: KeyVersion,
+    pub(crate) check_value: [u8; 8],
+    /// Seconds since 1970.
+    pub(crate) created: u64,
+    pub(crate) uses: u64,
+}
+
+/// A version of a key as it lies in ordinary memory.
+struct VersionRecord {
     version: KeyVersion,
     created: u64,
     uses: u64,
     sealed: SealedKey,
+}
+
+/// The constraints of a key without [`Rare`]: in this release every key lives in memory only.
+const PLAIN: Constraints =
+    Constraints { memory_only: true, lifetime: None, confirm: false, max_uses: None, exportable: false };
+
+/// What most keys do not have.
+struct Rare {
+    constraints: Constraints,
+    /// Since boot.
+    expires: Option<Duration>,
+    /// In ascending order, all below the primary one.
+    older: Vec<VersionRecord>,
+}
+
+/// A key as it lies in ordinary memory.
+struct KeyRecord {
+    name: CompactString,
+    id: KeyId,
+    primary: VersionRecord,
+    rare: Option<Box<Rare>>,
+}
+
+impl Default for Rare {
+    fn default() -> Self {
+        Self { constraints: PLAIN, expires: None, older: Vec::new() }
+    }
 }
 
 impl Drop for KeyRecord {
@@ -85,24 +146,28 @@ impl Drop for KeyRecord {
     }
 }
 
-/// Most bytes of a key that is sealed for a lock: name and what stands in front of it.
-const LOCKED_KEY_LEN_MAX: usize = KEY_LEN + 16 + 4 + 8 + 8 + KeyName::LEN_MAX;
-
-/// A key while the agent is locked: everything, its name too, is sealed.
+/// A key while the agent is locked: everything but its deadline is sealed, its name too.
 struct LockedKey {
     nonce: u64,
     tag: [u8; RECORD_TAG_LEN],
     bytes: Box<[u8]>,
+    expires: Option<Duration>,
+}
+
+/// What the passphrase of a lock is checked by: a random key that is sealed under it.
+#[derive(Clone, Copy)]
+struct LockCheck {
+    salt: [u8; LOCK_SALT_LEN],
+    nonce: u64,
+    tag: [u8; RECORD_TAG_LEN],
+    lock_key: [u8; KEY_LEN],
 }
 
 /// What is left of the keyring while the agent is locked.
 struct LockedKeys {
-    salt: [u8; LOCK_SALT_LEN],
-    lock_key_nonce: u64,
-    lock_key_tag: [u8; RECORD_TAG_LEN],
-    /// The key over all records, sealed under the passphrase.
-    lock_key: [u8; KEY_LEN],
     keys: Vec<LockedKey>,
+    /// The earliest deadline.
+    next: Option<Duration>,
 }
 
 /// The keys while they can be used.
@@ -114,6 +179,10 @@ struct OpenKeys {
     by_name: HashTable<u32>,
     by_id: HashTable<u32>,
     hasher: RandomState,
+    /// When which slot is to be emptied.
+    deadlines: BTreeSet<(Duration, u32)>,
+    /// Versions that are not primary, of all keys.
+    older_versions: usize,
 }
 
 /// Records in blocks that never move: a vector that grows leaves names behind, where no lock finds them.
@@ -151,15 +220,19 @@ impl Slots {
 }
 
 enum State {
-    Open(OpenKeys),
+    Open(Box<OpenKeys>),
     Locked(LockedKeys),
 }
 
 /// All keys.
 pub struct Keyring {
     state: State,
+    /// Of the latest lock; what it checks outlives the unlock.
+    check: Option<LockCheck>,
     nonces: RecordNonces,
     memory: Policy,
+    /// Uses of keys, also of keys that are gone.
+    uses: u64,
 }
 
 impl Keyring {
@@ -168,8 +241,8 @@ impl Keyring {
     /// # Errors
     /// [`CryptoError`] where such memory or randomness is not to be had.
     pub fn new(memory: Policy, random: &mut impl Random) -> Result<Self, CryptoError> {
-        let state = State::Open(OpenKeys::new(Shield::new(memory, random)?));
-        Ok(Self { state, nonces: RecordNonces::default(), memory })
+        let state = State::Open(Box::new(OpenKeys::new(Shield::new(memory, random)?)));
+        Ok(Self { state, check: None, nonces: RecordNonces::default(), memory, uses: 0 })
     }
 
     /// True while keys are out of reach.
@@ -202,11 +275,55 @@ impl Keyring {
         self.len() == 0
     }
 
+    /// Number of versions of all keys.
+    pub(crate) fn versions(&self) -> usize {
+        match &self.state {
+            State::Open(open) => open.len().saturating_add(open.older_versions),
+            State::Locked(locked) => locked.keys.len(),
+        }
+    }
+
+    /// Uses of keys since the start.
+    pub(crate) fn uses(&self) -> u64 {
+        self.uses
+    }
+
     /// Wipes everything that can be derived again, because nobody is using it.
     pub fn cool(&mut self) {
         if let State::Open(open) = &mut self.state {
             open.shield.cool();
         }
+    }
+
+    /// When the next key is to be wiped, since boot.
+    #[must_use]
+    pub fn next_deadline(&self) -> Option<Duration> {
+        match &self.state {
+            State::Open(open) => open.deadlines.first().map(|(deadline, _)| *deadline),
+            State::Locked(locked) => locked.next,
+        }
+    }
+
+    /// Wipes every key whose time has come, locked or not, and tells the ids of those that were in reach.
+    pub(crate) fn expire(&mut self, now: Duration) -> Vec<KeyId> {
+        let mut gone = Vec::new();
+        match &mut self.state {
+            State::Open(open) => {
+                while let Some((deadline, slot)) = open.deadlines.first().copied()
+                    && deadline <= now
+                {
+                    open.deadlines.pop_first();
+                    gone.extend(open.take(slot));
+                }
+            }
+            State::Locked(locked) => {
+                if locked.next.is_some_and(|next| next <= now) {
+                    locked.keys.retain(|key| key.expires.is_none_or(|expires| expires > now));
+                    locked.next = locked.keys.iter().filter_map(|key| key.expires).min();
+                }
+            }
+        }
+        gone
     }
 
     fn open(&mut self) -> Result<(&mut OpenKeys, &mut RecordNonces), KeyringError> {
@@ -216,14 +333,17 @@ impl Keyring {
         }
     }
 
-    /// Adds a key: these bytes, or random ones.
+    /// Adds a key: these bytes, or random ones. Its lifetime begins at `boot`, `unix` is when it was made.
+    #[expect(clippy::too_many_arguments, reason = "each is a part of what a key is made of")]
     pub(crate) fn add(
         &mut self,
         _permit: &Permit,
         name: KeyName<'_>,
         import: Option<&[u8; KEY_LEN]>,
+        constraints: Constraints,
         keys_max: usize,
-        now: u64,
+        boot: Duration,
+        unix: u64,
         random: &mut impl Random,
     ) -> Result<KeySummary, KeyringError> {
         let (open, nonces) = self.open()?;
@@ -237,13 +357,15 @@ impl Keyring {
         let version = KeyVersion::FIRST;
         let sealed = match import {
             Some(key) => open.shield.seal(&id, version, key, nonces)?,
-            None => {
-                let key = random_secret::<KEY_LEN>(random).map_err(CryptoError::from)?;
-                open.shield.seal(&id, version, key.expose_secret(), nonces)?
-            }
+            None => open.shield.seal_new(&id, version, nonces, random)?,
         };
-        let record = KeyRecord { name: name.as_str().into(), id, version, created: now, uses: 0, sealed };
-        let slot = open.insert(record)?;
+        let rare = (constraints != PLAIN).then(|| {
+            // A moment that no clock reaches is none.
+            let expires = constraints.lifetime.and_then(|lifetime| boot.checked_add(lifetime));
+            Box::new(Rare { constraints, expires, older: Vec::new() })
+        });
+        let primary = VersionRecord { version, created: unix, uses: 0, sealed };
+        let slot = open.insert(KeyRecord { name: name.as_str().into(), id, primary, rare })?;
         open.summary(slot)
     }
 
@@ -252,6 +374,64 @@ impl Keyring {
         let (open, _) = self.open()?;
         let slot = open.slot(key).ok_or(KeyringError::NotFound)?;
         open.take(slot).ok_or(KeyringError::NotFound)
+    }
+
+    /// Takes every key away and gives their number.
+    pub(crate) fn remove_all(&mut self, _permit: &Permit) -> Result<usize, KeyringError> {
+        let (open, _) = self.open()?;
+        let slots = u32::try_from(open.records.len()).unwrap_or(u32::MAX);
+        Ok((0..slots).filter_map(|slot| open.take(slot)).count())
+    }
+
+    /// Adds a random version to a key and makes it primary.
+    pub(crate) fn rotate(
+        &mut self,
+        _permit: &Permit,
+        key: Selector<'_>,
+        versions_max: usize,
+        unix: u64,
+        random: &mut impl Random,
+    ) -> Result<KeySummary, KeyringError> {
+        let (open, nonces) = self.open()?;
+        let slot = open.slot(key).ok_or(KeyringError::NotFound)?;
+        if open.len().saturating_add(open.older_versions) >= versions_max {
+            return Err(KeyringError::Full);
+        }
+        let OpenKeys { shield, records, older_versions, .. } = open;
+        let record = records.get_mut(slot as usize).and_then(Option::as_mut).ok_or(KeyringError::NotFound)?;
+        // A number is never given out twice, so the last one is the end.
+        let next = record.primary.version.value().checked_add(1).and_then(KeyVersion::new);
+        let version = next.ok_or(KeyringError::Full)?;
+        let sealed = shield.seal_new(&record.id, version, nonces, random)?;
+        let primary = VersionRecord { version, created: unix, uses: 0, sealed };
+        let old = std::mem::replace(&mut record.primary, primary);
+        record.rare.get_or_insert_default().older.push(old);
+        *older_versions = older_versions.saturating_add(1);
+        open.summary(slot)
+    }
+
+    /// Gives a key another name, and gives its id.
+    pub(crate) fn rename(
+        &mut self,
+        _permit: &Permit,
+        key: Selector<'_>,
+        name: KeyName<'_>,
+    ) -> Result<KeyId, KeyringError> {
+        let (open, _) = self.open()?;
+        let slot = open.slot(key).ok_or(KeyringError::NotFound)?;
+        match open.slot(Selector::Name(name)) {
+            Some(taken) if taken != slot => return Err(KeyringError::Exists),
+            Some(_) => {}
+            None => {
+                open.forget_name(slot);
+                if let Some(record) = open.records.get_mut(slot as usize).and_then(Option::as_mut) {
+                    record.name.zeroize();
+                    record.name = name.as_str().into();
+                }
+                open.index_name(slot);
+            }
+        }
+        open.record(slot).map(|record| record.id).ok_or(KeyringError::NotFound)
     }
 
     /// What is known of a key.
@@ -263,6 +443,27 @@ impl Keyring {
         let (open, _) = self.open()?;
         let slot = open.slot(key).ok_or(KeyringError::NotFound)?;
         open.summary(slot)
+    }
+
+    /// At most 256 versions of a key above `after`, in ascending order, and whether there are more.
+    pub(crate) fn versions_after(
+        &mut self,
+        _permit: &Permit,
+        key: Selector<'_>,
+        after: u32,
+    ) -> Result<(Vec<VersionSummary>, bool), KeyringError> {
+        let (open, _) = self.open()?;
+        let slot = open.slot(key).ok_or(KeyringError::NotFound)?;
+        let OpenKeys { shield, records, .. } = open;
+        let record = records.get(slot as usize).and_then(Option::as_ref).ok_or(KeyringError::NotFound)?;
+        let mut above = record.versions().skip_while(|version| version.version.value() <= after);
+        let rows = above.by_ref().take(PAGE_ROWS_MAX).map(|version| {
+            let check_value = check_value(shield, &record.id, version)?;
+            let VersionRecord { version, created, uses, .. } = version;
+            Ok(VersionSummary { version: *version, check_value, created: *created, uses: *uses })
+        });
+        let rows = rows.collect::<Result<_, KeyringError>>()?;
+        Ok((rows, above.next().is_some()))
     }
 
     /// At most 256 keys from `cursor` on, and the cursor of the next page or 0.
@@ -286,34 +487,72 @@ impl Keyring {
         Ok((rows, 0))
     }
 
-    /// The id and primary version of a key.
-    pub(crate) fn primary(
-        &mut self,
-        _permit: &Permit,
-        key: Selector<'_>,
-    ) -> Result<(KeyId, KeyVersion), KeyringError> {
+    /// Looks a key up.
+    pub(crate) fn find(&mut self, _permit: &Permit, key: Selector<'_>) -> Result<Found, KeyringError> {
         let (open, _) = self.open()?;
-        let record = open.slot(key).and_then(|slot| open.record(slot)).ok_or(KeyringError::NotFound)?;
-        Ok((record.id, record.version))
+        let slot = open.slot(key).ok_or(KeyringError::NotFound)?;
+        let record = open.record(slot).ok_or(KeyringError::NotFound)?;
+        Ok(Found { slot, id: record.id, primary: record.primary.version })
     }
 
-    /// Lends a version of a key to `work` and counts the use.
+    /// The name of a key.
+    pub(crate) fn name(&mut self, _permit: &Permit, key: &Found) -> Result<CompactString, KeyringError> {
+        let (open, _) = self.open()?;
+        open.record(key.slot).map(|record| record.name.clone()).ok_or(KeyringError::NotFound)
+    }
+
+    /// Lends a version of a key to `work` and counts the use, whatever becomes of it.
     pub(crate) fn with_key<T>(
         &mut self,
         _permit: &Permit,
-        id: &KeyId,
+        key: &Found,
         version: KeyVersion,
         work: impl FnOnce(&ExpandKey) -> T,
     ) -> Result<T, KeyringError> {
         let (open, _) = self.open()?;
-        let slot = open.slot(Selector::Id(*id)).ok_or(KeyringError::NotFound)?;
-        let OpenKeys { shield, records, .. } = open;
-        let record = records.get_mut(slot as usize).and_then(Option::as_mut).ok_or(KeyringError::NotFound)?;
-        if record.version != version {
-            return Err(KeyringError::NotFound);
+        open.may_use(key, version, 1)?;
+        let sealed = open.count_use(key, version)?;
+        let result = open.shield.with_key(&key.id, version, &sealed, work)?;
+        self.uses = self.uses.saturating_add(1);
+        Ok(result)
+    }
+
+    /// Lends two key versions to `work` and counts a use of each, whatever becomes of them.
+    pub(crate) fn with_keys<T>(
+        &mut self,
+        _permit: &Permit,
+        (key, version): (&Found, KeyVersion),
+        (to, to_version): (&Found, KeyVersion),
+        work: impl FnOnce(&ExpandKey, &ExpandKey) -> T,
+    ) -> Result<T, KeyringError> {
+        let (open, _) = self.open()?;
+        open.may_use(key, version, if key.slot == to.slot { 2 } else { 1 })?;
+        open.may_use(to, to_version, 1)?;
+        let sealed = open.count_use(key, version)?;
+        let to_sealed = open.count_use(to, to_version)?;
+        let first = (&key.id, version, &sealed);
+        let result = open.shield.with_keys(first, (&to.id, to_version, &to_sealed), work)?;
+        self.uses = self.uses.saturating_add(2);
+        Ok(result)
+    }
+
+    /// Lends the bytes of a version of an exportable key to `work` and counts the use.
+    pub(crate) fn export<T>(
+        &mut self,
+        _permit: &Permit,
+        key: &Found,
+        version: KeyVersion,
+        work: impl FnOnce(&[u8; KEY_LEN]) -> T,
+    ) -> Result<T, KeyringError> {
+        let (open, _) = self.open()?;
+        let record = open.record(key.slot).ok_or(KeyringError::NotFound)?;
+        if !record.rare.as_ref().is_some_and(|rare| rare.constraints.exportable) {
+            return Err(KeyringError::NotExportable);
         }
-        let result = shield.with_key(&record.id, version, &record.sealed, work)?;
-        record.uses = record.uses.saturating_add(1);
+        open.may_use(key, version, 1)?;
+        let sealed = open.count_use(key, version)?;
+        let result = open.shield.with_key_bytes(&key.id, version, &sealed, work)?;
+        self.uses = self.uses.saturating_add(1);
         Ok(result)
     }
 
@@ -330,30 +569,54 @@ impl Keyring {
         let lock_key = random_secret::<KEY_LEN>(random).map_err(CryptoError::from)?;
         let record_key = RecordKey::new(lock_key.expose_secret());
         let mut keys = Vec::with_capacity(open.len());
-        let OpenKeys { shield, records, .. } = open;
+        let OpenKeys { shield, records, deadlines, .. } = open;
         for record in records.iter() {
-            let plain = shield
-                .with_key_bytes(&record.id, record.version, &record.sealed, |key| record.to_bytes(key))?;
-            keys.push(LockedKey::seal(&record_key, plain, nonces)?);
+            keys.push(LockedKey::seal(&record_key, record, shield, nonces)?);
         }
-        let mut sealed_lock_key = *lock_key.expose_secret();
-        let lock_key_nonce = nonces.next()?;
-        let lock_key_tag = RecordKey::new(passphrase_key.expose_secret())
-            .seal(lock_key_nonce, LOCK_KEY_PLACE, &mut sealed_lock_key)
-            .map_err(|_| CryptoError::Record)?;
+        let next = deadlines.first().map(|(deadline, _)| *deadline);
+        let mut check =
+            LockCheck { salt, nonce: nonces.next()?, tag: Default::default(), lock_key: [0; KEY_LEN] };
+        check.lock_key = *lock_key.expose_secret();
+        let sealed = RecordKey::new(passphrase_key.expose_secret()).seal(
+            check.nonce,
+            LOCK_KEY_PLACE,
+            &mut check.lock_key,
+        );
         zeroize_stack::<STACK_WIPE_LEN>();
+        match sealed {
+            Ok(tag) => check.tag = tag,
+            Err(_) => {
+                check.lock_key.zeroize();
+                return Err(CryptoError::Record.into());
+            }
+        }
+        self.check = Some(check);
         // The open state, and with it every record, index and the pre-key, is wiped as it is dropped here.
-        self.state =
-            State::Locked(LockedKeys { salt, lock_key_nonce, lock_key_tag, lock_key: sealed_lock_key, keys });
+        self.state = State::Locked(LockedKeys { keys, next });
         Ok(())
     }
 
-    /// The salt that the passphrase of the lock goes with; none while unlocked.
+    /// The salt that the passphrase of the latest lock goes with; none where there was no lock.
     pub(crate) fn lock_salt(&self) -> Option<[u8; LOCK_SALT_LEN]> {
-        match &self.state {
-            State::Locked(locked) => Some(locked.salt),
-            State::Open(_) => None,
-        }
+        self.check.as_ref().map(|check| check.salt)
+    }
+
+    /// Whether this is what the passphrase of the latest lock gave.
+    pub(crate) fn check_passphrase(
+        &self,
+        _permit: &Permit,
+        passphrase_key: &Secret<KEY_LEN>,
+    ) -> Result<(), KeyringError> {
+        self.lock_key(passphrase_key).map(|_| ())
+    }
+
+    fn lock_key(&self, passphrase_key: &Secret<KEY_LEN>) -> Result<Zeroizing<[u8; KEY_LEN]>, KeyringError> {
+        let check = self.check.as_ref().ok_or(KeyringError::WrongPassphrase)?;
+        let mut lock_key = Zeroizing::new(check.lock_key);
+        RecordKey::new(passphrase_key.expose_secret())
+            .open(check.nonce, LOCK_KEY_PLACE, lock_key.as_mut_slice(), &check.tag)
+            .map_err(|_| KeyringError::WrongPassphrase)?;
+        Ok(lock_key)
     }
 
     /// Opens the lock: a new pre-key, and every key sealed under it. On an error the keyring stays locked.
@@ -364,12 +627,8 @@ impl Keyring {
         random: &mut impl Random,
     ) -> Result<(), KeyringError> {
         let State::Locked(locked) = &self.state else { return Ok(()) };
-        let mut lock_key = Zeroizing::new(locked.lock_key);
-        RecordKey::new(passphrase_key.expose_secret())
-            .open(locked.lock_key_nonce, LOCK_KEY_PLACE, lock_key.as_mut_slice(), &locked.lock_key_tag)
-            .map_err(|_| KeyringError::WrongPassphrase)?;
-        let record_key = RecordKey::new(&lock_key);
-        let mut open = OpenKeys::new(Shield::new(self.memory, random)?);
+        let record_key = RecordKey::new(&*self.lock_key(passphrase_key)?);
+        let mut open = Box::new(OpenKeys::new(Shield::new(self.memory, random)?));
         for key in &locked.keys {
             let plain = key.open(&record_key)?;
             let record = KeyRecord::from_bytes(&plain, &mut open.shield, &mut self.nonces)?;
@@ -385,18 +644,59 @@ impl Keyring {
 const LOCK_KEY_PLACE: &[u8] = &[2];
 const LOCKED_KEY_PLACE: &[u8] = &[3];
 
+/// Bytes of a key that is sealed for a lock, apart from its name and its versions, and of each version.
+const LOCKED_KEY_LEN: usize = 16 + 1 + 1 + 8 + 8 + 8 + 4 + 4;
+const LOCKED_VERSION_LEN: usize = 4 + 8 + 8 + KEY_LEN;
+
 impl KeyRecord {
-    /// Secret, id, version, time, uses, name: for a lock. Fixed places, since they never leave this process.
-    fn to_bytes(&self, key: &[u8; KEY_LEN]) -> Zeroizing<Vec<u8>> {
+    /// Every version, in ascending order.
+    fn versions(&self) -> impl Iterator<Item = &VersionRecord> {
+        let older = self.rare.as_ref().map_or(&[][..], |rare| &rare.older);
+        older.iter().chain(std::iter::once(&self.primary))
+    }
+
+    fn version_mut(&mut self, version: KeyVersion) -> Option<&mut VersionRecord> {
+        if self.primary.version == version {
+            return Some(&mut self.primary);
+        }
+        let older = &mut self.rare.as_mut()?.older;
+        let place = older.binary_search_by_key(&version, |old| old.version).ok()?;
+        older.get_mut(place)
+    }
+
+    fn uses(&self) -> u64 {
+        self.versions().fold(0, |uses, version| uses.saturating_add(version.uses))
+    }
+
+    /// All of the key, for a lock. Fixed places, since they never leave this process.
+    fn to_bytes(&self, shield: &mut Shield) -> Result<Zeroizing<Vec<u8>>, CryptoError> {
+        let none = Rare::default();
+        let rare = self.rare.as_deref().unwrap_or(&none);
+        let versions = rare.older.len().saturating_add(1);
         // All of it reserved: a vector that grows leaves a copy of the key behind.
-        let mut bytes = Zeroizing::new(Vec::with_capacity(LOCKED_KEY_LEN_MAX));
-        bytes.extend_from_slice(key);
+        let len = LOCKED_VERSION_LEN.saturating_mul(versions).saturating_add(LOCKED_KEY_LEN);
+        let mut bytes = Zeroizing::new(Vec::with_capacity(len.saturating_add(KeyName::LEN_MAX)));
+        let Constraints { lifetime, confirm, max_uses, exportable, memory_only } = rare.constraints;
+        let flag = |set: bool, bit: u8| if set { bit } else { 0 };
         bytes.extend_from_slice(self.id.as_bytes());
-        bytes.extend_from_slice(&self.version.value().to_be_bytes());
-        bytes.extend_from_slice(&self.created.to_be_bytes());
-        bytes.extend_from_slice(&self.uses.to_be_bytes());
+        bytes.push(
+            flag(confirm, 1) | flag(exportable, 2) | flag(rare.expires.is_some(), 4) | flag(memory_only, 8),
+        );
+        bytes.push(u8::try_from(self.name.len()).map_err(|_| CryptoError::Record)?);
         bytes.extend_from_slice(self.name.as_bytes());
-        bytes
+        bytes.extend_from_slice(&lifetime.map_or(0, |lifetime| lifetime.as_secs()).to_be_bytes());
+        let expires = rare.expires.unwrap_or_default();
+        bytes.extend_from_slice(&expires.as_secs().to_be_bytes());
+        bytes.extend_from_slice(&expires.subsec_nanos().to_be_bytes());
+        bytes.extend_from_slice(&max_uses.map_or(0, NonZeroU64::get).to_be_bytes());
+        bytes.extend_from_slice(&u32::try_from(versions).map_err(|_| CryptoError::Record)?.to_be_bytes());
+        for VersionRecord { version, created, uses, sealed } in self.versions() {
+            bytes.extend_from_slice(&version.value().to_be_bytes());
+            bytes.extend_from_slice(&created.to_be_bytes());
+            bytes.extend_from_slice(&uses.to_be_bytes());
+            shield.with_key_bytes(&self.id, *version, sealed, |key| bytes.extend_from_slice(key))?;
+        }
+        Ok(bytes)
     }
 
     fn from_bytes(bytes: &[u8], shield: &mut Shield, nonces: &mut RecordNonces) -> Result<Self, CryptoError> {
@@ -406,27 +706,53 @@ impl KeyRecord {
             Ok(*part)
         }
         let mut rest = bytes;
-        let key = Zeroizing::new(part::<KEY_LEN>(&mut rest)?);
         let id = KeyId::from_bytes(part(&mut rest)?);
-        let version = KeyVersion::new(u32::from_be_bytes(part(&mut rest)?)).ok_or(CryptoError::Record)?;
-        let created = u64::from_be_bytes(part(&mut rest)?);
-        let uses = u64::from_be_bytes(part(&mut rest)?);
-        let name = std::str::from_utf8(rest).map_err(|_| CryptoError::Record)?;
-        let sealed = shield.seal(&id, version, &key, nonces)?;
-        Ok(Self { name: name.into(), id, version, created, uses, sealed })
+        let [flags, name_len] = part(&mut rest)?;
+        let (name, mut rest) = rest.split_at_checked(name_len.into()).ok_or(CryptoError::Record)?;
+        let name = std::str::from_utf8(name).map_err(|_| CryptoError::Record)?;
+        let lifetime = Some(u64::from_be_bytes(part(&mut rest)?)).filter(|lifetime| *lifetime > 0);
+        let expires_secs = u64::from_be_bytes(part(&mut rest)?);
+        let expires_nanos = u32::from_be_bytes(part(&mut rest)?);
+        let max_uses = NonZeroU64::new(u64::from_be_bytes(part(&mut rest)?));
+        let versions = u32::from_be_bytes(part(&mut rest)?);
+        let constraints = Constraints {
+            memory_only: flags & 8 != 0,
+            lifetime: lifetime.map(Duration::from_secs),
+            confirm: flags & 1 != 0,
+            max_uses,
+            exportable: flags & 2 != 0,
+        };
+        let expires = (flags & 4 != 0).then(|| Duration::new(expires_secs, expires_nanos));
+        let mut older = Vec::new();
+        older.try_reserve_exact(versions as usize).map_err(|_| CryptoError::Record)?;
+        for _ in 0..versions {
+            let version = KeyVersion::new(u32::from_be_bytes(part(&mut rest)?)).ok_or(CryptoError::Record)?;
+            let created = u64::from_be_bytes(part(&mut rest)?);
+            let uses = u64::from_be_bytes(part(&mut rest)?);
+            let (key, behind) = rest.split_first_chunk::<KEY_LEN>().ok_or(CryptoError::Record)?;
+            rest = behind;
+            let sealed = shield.seal(&id, version, key, nonces)?;
+            older.push(VersionRecord { version, created, uses, sealed });
+        }
+        let primary = older.pop().ok_or(CryptoError::Record)?;
+        let plain = constraints == PLAIN && older.is_empty();
+        let rare = (!plain).then(|| Box::new(Rare { constraints, expires, older }));
+        Ok(Self { name: name.into(), id, primary, rare })
     }
 }
 
 impl LockedKey {
     fn seal(
         key: &RecordKey,
-        plain: Zeroizing<Vec<u8>>,
+        record: &KeyRecord,
+        shield: &mut Shield,
         nonces: &mut RecordNonces,
     ) -> Result<Self, CryptoError> {
         let nonce = nonces.next()?;
-        let mut plain = plain;
+        let mut plain = record.to_bytes(shield)?;
         let tag = key.seal(nonce, LOCKED_KEY_PLACE, &mut plain).map_err(|_| CryptoError::Record)?;
-        Ok(Self { nonce, tag, bytes: plain.as_slice().into() })
+        let expires = record.rare.as_ref().and_then(|rare| rare.expires);
+        Ok(Self { nonce, tag, bytes: plain.as_slice().into(), expires })
     }
 
     fn open(&self, key: &RecordKey) -> Result<Zeroizing<Box<[u8]>>, CryptoError> {
@@ -445,6 +771,8 @@ impl OpenKeys {
             by_name: HashTable::new(),
             by_id: HashTable::new(),
             hasher: RandomState::new(),
+            deadlines: BTreeSet::new(),
+            older_versions: 0,
         }
     }
 
@@ -473,8 +801,11 @@ impl OpenKeys {
             Some(slot) => *slot,
             None => u32::try_from(self.records.len()).map_err(|_| KeyringError::Full)?,
         };
-        let name_hash = self.hasher.hash_one(record.name.as_str());
         let id_hash = self.hasher.hash_one(record.id.as_bytes());
+        if let Some(rare) = &record.rare {
+            self.older_versions = self.older_versions.saturating_add(rare.older.len());
+            self.deadlines.extend(rare.expires.map(|expires| (expires, slot)));
+        }
         match self.records.get_mut(slot as usize) {
             Some(place) => {
                 *place = Some(record);
@@ -482,25 +813,45 @@ impl OpenKeys {
             }
             None => self.records.push(record),
         }
-        let Self { records, by_name, by_id, hasher, .. } = self;
+        self.index_name(slot);
+        let Self { records, by_id, hasher, .. } = self;
         let record = |slot: &u32| records.get(*slot as usize).and_then(Option::as_ref);
-        by_name.insert_unique(name_hash, slot, |slot| {
-            record(slot).map_or(0, |record| hasher.hash_one(record.name.as_str()))
-        });
         by_id.insert_unique(id_hash, slot, |slot| {
             record(slot).map_or(0, |record| hasher.hash_one(record.id.as_bytes()))
         });
         Ok(slot)
     }
 
-    /// Wipes a record where it lies and gives its id.
-    fn take(&mut self, slot: u32) -> Option<KeyId> {
-        let record = self.record(slot)?;
-        let (id, name_hash) = (record.id, self.hasher.hash_one(record.name.as_str()));
-        self.shield.evict(&id);
-        if let Ok(entry) = self.by_name.find_entry(name_hash, |at| *at == slot) {
+    fn index_name(&mut self, slot: u32) {
+        let Self { records, by_name, hasher, .. } = self;
+        let hash = |slot: &u32| {
+            let record = records.get(*slot as usize).and_then(Option::as_ref);
+            record.map_or(0, |record| hasher.hash_one(record.name.as_str()))
+        };
+        by_name.insert_unique(hash(&slot), slot, hash);
+    }
+
+    fn forget_name(&mut self, slot: u32) {
+        let Some(record) = self.record(slot) else { return };
+        let hash = self.hasher.hash_one(record.name.as_str());
+        if let Ok(entry) = self.by_name.find_entry(hash, |at| *at == slot) {
             entry.remove();
         }
+    }
+
+    /// Wipes a record where it lies and gives its id.
+    fn take(&mut self, slot: u32) -> Option<KeyId> {
+        self.forget_name(slot);
+        let record = self.record(slot)?;
+        let id = record.id;
+        if let Some(rare) = &record.rare {
+            let (older, expires) = (rare.older.len(), rare.expires);
+            self.older_versions = self.older_versions.saturating_sub(older);
+            if let Some(expires) = expires {
+                self.deadlines.remove(&(expires, slot));
+            }
+        }
+        self.shield.evict(&id);
         if let Ok(entry) = self.by_id.find_entry(self.hasher.hash_one(id.as_bytes()), |at| *at == slot) {
             entry.remove();
         }
@@ -509,21 +860,51 @@ impl OpenKeys {
         Some(id)
     }
 
+    /// Whether a version of the key can be used so many times now.
+    fn may_use(&self, key: &Found, version: KeyVersion, times: u64) -> Result<(), KeyringError> {
+        let record = self.record(key.slot).filter(|record| record.id == key.id);
+        let record = record.ok_or(KeyringError::NotFound)?;
+        if record.versions().all(|have| have.version != version) {
+            return Err(KeyringError::NotFound);
+        }
+        let Some(Rare { constraints, .. }) = record.rare.as_deref() else { return Ok(()) };
+        if constraints.confirm {
+            return Err(KeyringError::Unconfirmed);
+        }
+        match constraints.max_uses {
+            Some(max) if max.get().saturating_sub(record.uses()) < times => Err(KeyringError::UsedUp),
+            _ => Ok(()),
+        }
+    }
+
+    /// Counts a use that is allowed, and gives the sealed bytes of the version.
+    fn count_use(&mut self, key: &Found, version: KeyVersion) -> Result<SealedKey, KeyringError> {
+        let record = self.records.get_mut(key.slot as usize).and_then(Option::as_mut);
+        let version = record.and_then(|record| record.version_mut(version)).ok_or(KeyringError::NotFound)?;
+        version.uses = version.uses.saturating_add(1);
+        Ok(version.sealed.clone())
+    }
+
     fn summary(&mut self, slot: u32) -> Result<KeySummary, KeyringError> {
         let Self { shield, records, .. } = self;
         let record = records.get(slot as usize).and_then(Option::as_ref).ok_or(KeyringError::NotFound)?;
-        let check_value = shield.with_key_bytes(&record.id, record.version, &record.sealed, |key| {
-            ExpandKey::new(key).check_value()
-        })?;
+        let rare = record.rare.as_deref();
         Ok(KeySummary {
             name: record.name.clone(),
             id: record.id,
-            primary: record.version,
-            check_value,
-            created: record.created,
-            uses: record.uses,
+            primary: record.primary.version,
+            versions: u32::try_from(record.versions().count()).unwrap_or(u32::MAX),
+            check_value: check_value(shield, &record.id, &record.primary)?,
+            created: record.versions().next().map_or(0, |first| first.created),
+            uses: record.uses(),
+            expires: rare.and_then(|rare| rare.expires),
+            constraints: rare.map_or(PLAIN, |rare| rare.constraints),
         })
     }
+}
+
+fn check_value(shield: &mut Shield, id: &KeyId, version: &VersionRecord) -> Result<[u8; 8], CryptoError> {
+    shield.with_key_bytes(id, version.version, &version.sealed, |key| ExpandKey::new(key).check_value())
 }
 
 #[cfg(test)]
@@ -545,6 +926,27 @@ mod tests {
         KeyName::parse(text).unwrap()
     }
 
+    const BOOT: Duration = Duration::from_secs(100);
+
+    fn add(
+        ring: &mut Keyring,
+        text: &str,
+        import: Option<&[u8; KEY_LEN]>,
+        keys_max: usize,
+        random: &mut impl Random,
+    ) -> Result<KeySummary, KeyringError> {
+        ring.add(&permit(), name(text), import, PLAIN, keys_max, BOOT, 5, random)
+    }
+
+    fn add_with(ring: &mut Keyring, text: &str, constraints: Constraints) -> KeySummary {
+        ring.add(&permit(), name(text), None, constraints, 1000, BOOT, 5, &mut KernelRandom).unwrap()
+    }
+
+    fn use_key(ring: &mut Keyring, id: KeyId, version: KeyVersion) -> Result<(), KeyringError> {
+        let key = ring.find(&permit(), Selector::Id(id))?;
+        ring.with_key(&permit(), &key, version, |_| ())
+    }
+
     #[test]
     fn a_record_with_a_name_of_16_bytes_takes_at_most_160_bytes_with_both_indexes() {
         // A hash table is at least 7/16 full: 4 bytes of slot and 1 of control for each place.
@@ -561,9 +963,8 @@ mod tests {
         for n in 0..300u64 {
             let mut key = [1; KEY_LEN];
             key[..8].copy_from_slice(&n.to_le_bytes());
-            let row =
-                ring.add(&permit(), name(&format!("key/{n}")), Some(&key), 1000, 5, &mut random).unwrap();
-            ring.with_key(&permit(), &row.id, row.primary, |_| ()).unwrap();
+            let row = add(&mut ring, &format!("key/{n}"), Some(&key), 1000, &mut random).unwrap();
+            use_key(&mut ring, row.id, row.primary).unwrap();
             before.push((row.name.clone(), row.id, row.check_value));
         }
         let right = Secret::from_slice(&[7; KEY_LEN]).unwrap();
@@ -585,7 +986,7 @@ mod tests {
         let mut ring = keyring();
         let mut random = KernelRandom;
         for n in 0..600 {
-            ring.add(&permit(), name(&format!("k{n}")), None, 1000, 0, &mut random).unwrap();
+            add(&mut ring, &format!("k{n}"), None, 1000, &mut random).unwrap();
         }
         for n in (0..600).step_by(3) {
             ring.remove(&permit(), Selector::Name(name(&format!("k{n}")))).unwrap();
@@ -608,7 +1009,7 @@ mod tests {
             State::Locked(_) => 0,
         };
         let before = slots(&ring);
-        ring.add(&permit(), name("again"), None, 1000, 0, &mut random).unwrap();
+        add(&mut ring, "again", None, 1000, &mut random).unwrap();
         assert_eq!(slots(&ring), before);
     }
 
@@ -616,11 +1017,11 @@ mod tests {
     fn a_full_keyring_a_taken_name_and_an_unknown_version_are_told_apart() {
         let mut ring = keyring();
         let mut random = KernelRandom;
-        let row = ring.add(&permit(), name("a"), None, 1, 0, &mut random).unwrap();
-        assert!(matches!(ring.add(&permit(), name("a"), None, 2, 0, &mut random), Err(KeyringError::Exists)));
-        assert!(matches!(ring.add(&permit(), name("b"), None, 1, 0, &mut random), Err(KeyringError::Full)));
+        let row = add(&mut ring, "a", None, 1, &mut random).unwrap();
+        assert!(matches!(add(&mut ring, "a", None, 2, &mut random), Err(KeyringError::Exists)));
+        assert!(matches!(add(&mut ring, "b", None, 1, &mut random), Err(KeyringError::Full)));
         let version = KeyVersion::new(2).unwrap();
-        assert!(matches!(ring.with_key(&permit(), &row.id, version, |_| ()), Err(KeyringError::NotFound)));
+        assert!(matches!(use_key(&mut ring, row.id, version), Err(KeyringError::NotFound)));
     }
 
     #[test]
@@ -632,12 +1033,130 @@ mod tests {
             }
         }
         let mut ring = keyring();
-        assert!(matches!(
-            ring.add(&permit(), name("a"), None, 9, 0, &mut Broken),
-            Err(KeyringError::Crypto(_))
-        ));
+        assert!(matches!(add(&mut ring, "a", None, 9, &mut Broken), Err(KeyringError::Crypto(_))));
         let key = Secret::zeroed();
         assert!(ring.lock(&permit(), &key, [0; LOCK_SALT_LEN], &mut Broken).is_err());
         assert!(!ring.is_locked() && ring.is_empty());
+    }
+
+    #[test]
+    fn older_versions_constraints_and_deadlines_come_back_from_a_lock() {
+        let mut ring = keyring();
+        let constraints = Constraints {
+            lifetime: Some(Duration::from_secs(50)),
+            max_uses: NonZeroU64::new(7),
+            exportable: true,
+            ..PLAIN
+        };
+        let id = add_with(&mut ring, "a", constraints).id;
+        let key = Selector::Id(id);
+        for version in 2..=300 {
+            let row = ring.rotate(&permit(), key, 1000, u64::from(version), &mut KernelRandom).unwrap();
+            assert_eq!(row.primary.value(), version);
+        }
+        use_key(&mut ring, id, KeyVersion::new(17).unwrap()).unwrap();
+        let seen = |ring: &mut Keyring| {
+            let row = ring.describe(&permit(), key).unwrap();
+            let (first, more) = ring.versions_after(&permit(), key, 0).unwrap();
+            let (rest, end) = ring.versions_after(&permit(), key, 256).unwrap();
+            assert!(more && !end && first.len() == 256 && rest.len() == 44);
+            let versions: Vec<_> = first
+                .iter()
+                .chain(&rest)
+                .map(|v| (v.version.value(), v.check_value, v.created, v.uses))
+                .collect();
+            (row.constraints, row.expires, row.versions, row.uses, row.created, versions)
+        };
+        let before = seen(&mut ring);
+        assert_eq!((before.1, before.2, before.3, before.4), (Some(Duration::from_secs(150)), 300, 1, 5));
+        let passphrase = Secret::from_slice(&[7; KEY_LEN]).unwrap();
+        ring.lock(&permit(), &passphrase, [1; LOCK_SALT_LEN], &mut KernelRandom).unwrap();
+        assert_eq!(ring.next_deadline(), Some(Duration::from_secs(150)));
+        ring.unlock(&permit(), &passphrase, &mut KernelRandom).unwrap();
+        assert!(seen(&mut ring) == before);
+        assert_eq!(ring.versions(), 300);
+    }
+
+    #[test]
+    fn a_key_goes_at_its_deadline_and_not_before_locked_or_not() {
+        for locked in [false, true] {
+            let mut ring = keyring();
+            for (text, lifetime) in [("a", 10), ("b", 10), ("c", 20)] {
+                let lifetime = Some(Duration::from_secs(lifetime));
+                add_with(&mut ring, text, Constraints { lifetime, ..PLAIN });
+            }
+            add_with(&mut ring, "stays", Constraints { lifetime: Some(Duration::MAX), ..PLAIN });
+            ring.remove(&permit(), Selector::Name(name("b"))).unwrap();
+            let passphrase = Secret::from_slice(&[7; KEY_LEN]).unwrap();
+            if locked {
+                ring.lock(&permit(), &passphrase, [1; LOCK_SALT_LEN], &mut KernelRandom).unwrap();
+            }
+            let nearly = BOOT + Duration::from_secs(10) - Duration::from_nanos(1);
+            assert!(ring.expire(nearly).is_empty() && ring.len() == 3);
+            assert_eq!(ring.expire(BOOT + Duration::from_secs(10)).len(), usize::from(!locked));
+            assert_eq!((ring.len(), ring.next_deadline()), (2, Some(BOOT + Duration::from_secs(20))));
+            ring.expire(BOOT + Duration::from_secs(20));
+            assert_eq!((ring.len(), ring.next_deadline()), (1, None));
+            if locked {
+                ring.unlock(&permit(), &passphrase, &mut KernelRandom).unwrap();
+            }
+            assert!(ring.describe(&permit(), Selector::Name(name("stays"))).is_ok());
+            assert!(ring.describe(&permit(), Selector::Name(name("a"))).is_err());
+        }
+    }
+
+    #[test]
+    fn uses_are_exact_and_a_refused_one_does_not_count() {
+        let mut ring = keyring();
+        let max_uses = NonZeroU64::new(3);
+        let row = add_with(&mut ring, "a", Constraints { max_uses, ..PLAIN });
+        let key = ring.find(&permit(), Selector::Id(row.id)).unwrap();
+        let both = |ring: &mut Keyring| {
+            ring.with_keys(&permit(), (&key, row.primary), (&key, row.primary), |_, _| ())
+        };
+        both(&mut ring).unwrap();
+        assert!(matches!(both(&mut ring), Err(KeyringError::UsedUp)));
+        ring.rotate(&permit(), Selector::Id(row.id), 9, 0, &mut KernelRandom).unwrap();
+        use_key(&mut ring, row.id, row.primary).unwrap();
+        assert!(matches!(use_key(&mut ring, row.id, row.primary), Err(KeyringError::UsedUp)));
+        assert!(matches!(
+            use_key(&mut ring, row.id, KeyVersion::new(9).unwrap()),
+            Err(KeyringError::NotFound)
+        ));
+        assert_eq!(ring.describe(&permit(), Selector::Id(row.id)).unwrap().uses, 3);
+        let asked = add_with(&mut ring, "b", Constraints { confirm: true, exportable: true, ..PLAIN });
+        assert!(matches!(use_key(&mut ring, asked.id, asked.primary), Err(KeyringError::Unconfirmed)));
+        let found = ring.find(&permit(), Selector::Id(asked.id)).unwrap();
+        assert!(ring.export(&permit(), &found, asked.primary, |_| ()).is_err());
+    }
+
+    #[test]
+    fn a_rename_keeps_the_key_and_frees_its_name() {
+        let mut ring = keyring();
+        let row = add(&mut ring, "a", None, 9, &mut KernelRandom).unwrap();
+        add(&mut ring, "b", None, 9, &mut KernelRandom).unwrap();
+        let mut rename = |from: &str, to: &str| {
+            ring.rename(&permit(), Selector::Name(name(from)), name(to)).map(|id| id == row.id)
+        };
+        assert!(matches!(rename("a", "b"), Err(KeyringError::Exists)));
+        assert!(rename("a", "a").unwrap());
+        assert!(rename("a", "c").unwrap());
+        assert!(matches!(rename("a", "d"), Err(KeyringError::NotFound)));
+        assert!(ring.describe(&permit(), Selector::Name(name("c"))).unwrap().id == row.id);
+        assert_eq!(ring.remove_all(&permit()).unwrap(), 2);
+        assert!(ring.is_empty() && ring.describe(&permit(), Selector::Name(name("c"))).is_err());
+    }
+
+    #[test]
+    fn a_passphrase_is_checked_after_the_unlock_too() {
+        let mut ring = keyring();
+        let right = Secret::from_slice(&[7; KEY_LEN]).unwrap();
+        let wrong = Secret::from_slice(&[8; KEY_LEN]).unwrap();
+        assert!(ring.lock_salt().is_none());
+        ring.lock(&permit(), &right, [1; LOCK_SALT_LEN], &mut KernelRandom).unwrap();
+        ring.unlock(&permit(), &right, &mut KernelRandom).unwrap();
+        assert_eq!(ring.lock_salt(), Some([1; LOCK_SALT_LEN]));
+        assert!(ring.check_passphrase(&permit(), &right).is_ok());
+        assert!(matches!(ring.check_passphrase(&permit(), &wrong), Err(KeyringError::WrongPassphrase)));
     }
 }

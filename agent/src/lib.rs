@@ -4,8 +4,10 @@
 //! memory, runtime, ready. See `docs/architecture.md`. No secret exists before the last fork.
 
 mod args;
+pub mod audit;
 pub mod authorize;
 pub mod config;
+pub mod constraints;
 pub mod core;
 pub mod crypto;
 mod error;
@@ -16,32 +18,32 @@ mod server;
 mod socket;
 mod sys;
 
-use std::{process::ExitCode, rc::Rc, time::Duration};
+use std::{os::fd::OwnedFd, process::ExitCode};
 
 use nix::{
+    errno::Errno,
     sys::{
         prctl,
         resource::{Resource, getrlimit, setrlimit},
+        signal::{SigSet, Signal},
+        signalfd::{SfdFlags, SignalFd},
         stat::{Mode, umask},
     },
     unistd::{Pid, getuid},
-};
-use tokio::{
-    io::Interest,
-    signal::unix::{SignalKind, signal},
 };
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::{layer::SubscriberExt, reload, util::SubscriberInitExt};
 
 use crate::{
     args::Args,
+    audit::LogAudit,
     config::Config,
     core::Core,
     crypto::KernelRandom,
     error::StartError,
     keyring::Keyring,
     launch::{Launched, Ready},
-    server::{Server, now},
+    server::{Server, Wake, now},
     socket::AgentSocket,
 };
 
@@ -127,52 +129,43 @@ fn serve(
         tracing::info!(%backing, "keys are shielded");
     }
     let mut limits = config.limits;
-    limits.memory_only = args.memory;
-    let core = Core::new(getuid().as_raw(), keyring, limits, random, now());
-    let server = Rc::new(Server::new(core, config.secret_memory)?);
-    let runtime =
-        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(StartError::Runtime)?;
-    let local = tokio::task::LocalSet::new();
-    let served = local.block_on(&runtime, run(args, server, &socket, ready, until, &log));
-    // Connections, and with them every buffer, are wiped before the socket is taken away.
-    drop(local);
-    runtime.shutdown_timeout(Duration::ZERO);
-    served
+    (limits.memory_only, limits.lifetime) = (args.memory, args.lifetime);
+    let core = Core::new(getuid().as_raw(), keyring, limits, random, LogAudit, now());
+    let server = Server::new(core, socket.listener()?, config.secret_memory)?;
+    // The server, and with it every connection and every buffer, is wiped before the socket is taken away.
+    run(args, server, &socket, ready, until, &log)
 }
 
-async fn run(
+fn run(
     args: &Args,
-    server: Rc<Server<KernelRandom>>,
+    mut server: Server<KernelRandom, LogAudit>,
     socket: &AgentSocket,
     ready: Ready,
-    until: Option<std::os::fd::OwnedFd>,
+    until: Option<OwnedFd>,
     log: &LogLevel,
 ) -> Result<(), StartError> {
-    let listener = socket.listener()?;
-    let mut terminate = signal(SignalKind::terminate()).map_err(StartError::Runtime)?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(StartError::Runtime)?;
-    let mut hangup = signal(SignalKind::hangup()).map_err(StartError::Runtime)?;
-    let until = until
-        .map(|process| sys::watch(process, Interest::READABLE))
-        .transpose()
-        .map_err(StartError::Runtime)?;
-    let ended = async {
-        match &until {
-            Some(process) => process.readable().await.map(|_| ()),
-            None => std::future::pending().await,
-        }
-    };
-    tokio::pin!(ended);
-    tokio::task::spawn_local(Rc::clone(&server).accept(listener));
-    tokio::task::spawn_local(Rc::clone(&server).cool());
+    let runtime = |errno: Errno| StartError::Runtime(errno.into());
+    // Before any other thread is started, so that none takes a signal.
+    let wanted: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect();
+    wanted.thread_block().map_err(runtime)?;
+    let signals =
+        SignalFd::with_flags(&wanted, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).map_err(runtime)?;
+    server.wake_by(&signals, Wake::Signal).map_err(StartError::Runtime)?;
+    if let Some(command) = &until {
+        server.wake_by(command, Wake::CommandEnded).map_err(StartError::Runtime)?;
+    }
     tracing::info!(socket = %socket.path().display(), "ready");
     ready.tell()?;
     loop {
-        tokio::select! {
-            _ = terminate.recv() => break,
-            _ = interrupt.recv() => break,
-            _ = hangup.recv() => reload_configuration(args, &server, log),
-            _ = &mut ended => break,
+        match server.serve().map_err(StartError::Runtime)? {
+            Wake::CommandEnded => break,
+            Wake::Signal => match signals.read_signal().map_err(runtime)? {
+                Some(signal) if signal.ssi_signo == Signal::SIGHUP as u32 => {
+                    reload_configuration(args, &mut server, log);
+                }
+                Some(_) => break,
+                None => {}
+            },
         }
     }
     tracing::info!("ending");
@@ -180,13 +173,13 @@ async fn run(
 }
 
 /// Reads the configuration again; a bad file leaves the old one in force.
-fn reload_configuration(args: &Args, server: &Server<KernelRandom>, log: &LogLevel) {
+fn reload_configuration(args: &Args, server: &mut Server<KernelRandom, LogAudit>, log: &LogLevel) {
     match args.config() {
         Ok(config) => {
             let level = log_level(args, &config);
-            let mut core = server.core().borrow_mut();
-            let memory_only = core.limits().memory_only;
-            core.set_limits(config::Limits { memory_only, ..config.limits });
+            let core = server.core();
+            let (memory_only, lifetime) = (core.limits().memory_only, core.limits().lifetime);
+            core.set_limits(config::Limits { memory_only, lifetime, ..config.limits });
             if let Err(error) = log.reload(level) {
                 tracing::warn!(%error, "the level of the log stays");
             }

@@ -179,10 +179,9 @@ impl AgentSocket {
         &self.place.path
     }
 
-    /// The listener, for the runtime.
-    pub(crate) fn listener(&self) -> Result<tokio::net::UnixListener, StartError> {
-        let cloned = self.listener.try_clone().map_err(StartError::Runtime)?;
-        tokio::net::UnixListener::from_std(cloned).map_err(StartError::Runtime)
+    /// The listener, which does not block.
+    pub(crate) fn listener(&self) -> Result<std::os::unix::net::UnixListener, StartError> {
+        self.listener.try_clone().map_err(StartError::Runtime)
     }
 }
 

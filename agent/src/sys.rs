@@ -9,7 +9,6 @@ use std::{
 };
 
 use nix::unistd::{ForkResult, Pid};
-use tokio::io::{Interest, unix::AsyncFd};
 
 /// `SO_PASSRIGHTS` of Linux 6.16, which libc does not name yet.
 const SO_PASSRIGHTS: libc::c_int = 83;
@@ -50,12 +49,6 @@ pub(crate) fn pidfd_open(pid: Pid) -> io::Result<OwnedFd> {
     }
     // SAFETY: the kernel just made this descriptor for us, with close-on-exec, and nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-/// Waits for this of a descriptor, and for nothing else, on the runtime that this is called in.
-pub(crate) fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: an OwnedFd gives the same open descriptor until it is dropped, and nobody takes it out of the AsyncFd.
-    unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(io::Error::from)
 }
 
 /// Has the kernel refuse descriptors that a peer wants to pass, where it can (Linux 6.16). Elsewhere there is no room

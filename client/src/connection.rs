@@ -2,17 +2,17 @@
 //!
 //! Owns the check of who serves: the uid that called `listen` before anything is sent, and the sender of the hello's reply
 //! before anything else is sent, since behind socket activation only that one is the agent. Lengths from the peer are checked
-//! before memory is taken for them. No byte that arrived stays behind in the inbox.
+//! before memory is taken for them. A process that inherited a connection leaves it alone: it closes its descriptor and no more.
 
 use std::{
-    io::{self, IoSliceMut},
+    io::{IoSlice, IoSliceMut},
     os::fd::{AsFd, AsRawFd, OwnedFd},
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use kms_protocol::{FRAME_MAX, FrameHead, Hello, Opcode, PROTOCOL_VERSION, Request, Welcome, decode_fields};
+use kms_protocol::{FRAME_MAX, Hello, Opcode, PROTOCOL_VERSION, Request, Welcome, decode_fields};
 use kms_secret_memory::SecretVec;
 use nix::{
     cmsg_space,
@@ -21,25 +21,53 @@ use nix::{
     sys::{
         socket::{
             AddressFamily, ControlMessageOwned, MsgFlags, Shutdown, SockFlag, SockType, UnixAddr,
-            UnixCredentials, connect, getsockopt, recv, recvmsg, send, setsockopt, shutdown, socket,
-            sockopt::{PassCred, PeerCredentials, ReceiveTimeout, SendTimeout},
+            UnixCredentials, connect, getsockopt, recv, recvmsg, send, sendmsg, setsockopt, shutdown, socket,
+            sockopt::{PassCred, PeerCredentials, SendTimeout},
         },
         time::TimeVal,
     },
 };
-use zeroize::Zeroize;
 
 use crate::{
+    client::Options,
     error::{Error, ReplyError},
-    locate::Trust,
-    wire::{self, Reply},
+    locate::{Surroundings, Trust, find},
+    sys,
+    wire::{self, Assembler, Reply},
 };
-
-/// Holds a hello's reply and every other reply without data, so that such a reply takes one call.
-const INBOX_LEN: usize = 8 * 1024;
 
 /// An agent that takes shorter frames than this could not even take a message of 64 KiB.
 const FRAME_MAX_LEAST: usize = 128 * 1024;
+
+/// Which agent to connect to, again and again.
+#[derive(Clone)]
+pub(crate) struct Route {
+    pub(crate) path: PathBuf,
+    server_uid: Option<u32>,
+    pub(crate) timeout: Duration,
+}
+
+impl Route {
+    /// Finds the socket. It stays the one, since another could mean other keys.
+    pub(crate) fn find(options: &Options) -> Result<Self, Error> {
+        let path = find(options.socket.as_deref(), &Surroundings::of_process())?;
+        Ok(Self { path, server_uid: options.server_uid, timeout: options.timeout })
+    }
+
+    /// Looks at who may serve the socket, and connects to it. Nothing is kept from an earlier look.
+    pub(crate) fn connect(&self) -> Result<Connection, Error> {
+        let trust = Trust::examine(&self.path, Surroundings::of_process().uid, self.server_uid)?;
+        Connection::open(&self.path, &trust, self.timeout)
+    }
+}
+
+/// Lets time pass.
+pub(crate) fn pause_for(time: Duration) {
+    if !time.is_zero() {
+        // Ended early by a signal it is an attempt that comes early.
+        let _ = poll(&mut [], PollTimeout::try_from(time).unwrap_or(PollTimeout::MAX));
+    }
+}
 
 /// Both directions of a connection that has had its hello.
 pub(crate) struct Connection {
@@ -48,7 +76,8 @@ pub(crate) struct Connection {
     pub(crate) welcome: Welcome,
     /// Who sent the hello's reply.
     pub(crate) server_uid: u32,
-    pub(crate) path: PathBuf,
+    /// Who opened it: [`sys::lineage`].
+    opened_by: u64,
     broken: bool,
 }
 
@@ -77,9 +106,7 @@ impl Connection {
         let mut sender = Sender { socket: Arc::clone(&socket), next_id: 1, frame_max: FRAME_MAX, limit };
         let mut receiver = Receiver {
             socket,
-            inbox: Inbox::new(),
-            frame_max: FRAME_MAX,
-            armed: None,
+            assembler: Assembler::new(FRAME_MAX),
             credentials: Some(Credentials { sender: None }),
         };
         let wrong = |source: Error| match source {
@@ -106,35 +133,80 @@ impl Connection {
         if welcome.version != PROTOCOL_VERSION {
             return Err(wrong(ReplyError::Version(welcome.version).into()));
         }
-        let frame_max = usize::try_from(welcome.frame_max).unwrap_or(FRAME_MAX).min(FRAME_MAX);
+        let frame_max = wire::frame_max(&welcome);
         if frame_max < FRAME_MAX_LEAST {
             return Err(wrong(ReplyError::Limits.into()));
         }
         sender.frame_max = frame_max;
-        receiver.frame_max = frame_max;
+        receiver.assembler.set_frame_max(frame_max);
         // From here on the kernel need not name the sender of every piece any more; it is only time that this saves.
         let _ = setsockopt(&receiver.socket.as_fd(), PassCred, &false);
-        Ok(Self { sender, receiver, welcome, server_uid, path: path.to_owned(), broken: false })
+        Ok(Self { sender, receiver, welcome, server_uid, opened_by: sys::lineage(), broken: false })
     }
 
     /// Sends a request and waits for its reply, `limit` at most.
     pub(crate) fn call(&mut self, request: &Request<'_>, limit: Duration) -> Result<Call, Error> {
         self.usable()?;
-        let (operation, id) = self.sender.send(request).inspect_err(|error| self.broken = breaks(error))?;
+        let id = self.sender.next_id();
+        let frame = wire::encode(request, id, self.sender.frame_max)?;
+        self.ask(request.opcode(), id, frame.expose_secret(), limit).map_err(|unanswered| unanswered.error)
+    }
+
+    /// Sends a whole frame and waits for the reply, `limit` at most.
+    pub(crate) fn ask(
+        &mut self,
+        operation: Opcode,
+        id: u32,
+        frame: &[u8],
+        limit: Duration,
+    ) -> Result<Call, Unanswered> {
+        self.usable().map_err(|error| Unanswered { error, sent: false })?;
+        let sent = self.sender.send_bytes(frame);
+        sent.map_err(|error| self.failed(Unanswered { error, sent: false }))?;
         let reply = self.receiver.receive(SecretVec::with_capacity(0), limit);
-        let reply = reply.inspect_err(|_| self.broken = true)?;
+        let reply = reply.map_err(|error| self.failed(Unanswered { error, sent: true }))?;
         Ok(Call { operation, id, reply })
     }
 
-    /// Fails after an earlier failure.
+    fn failed(&mut self, unanswered: Unanswered) -> Unanswered {
+        self.break_off();
+        unanswered
+    }
+
+    /// Fails after an earlier failure, and in a process that inherited the connection.
     pub(crate) fn usable(&self) -> Result<(), Error> {
-        if self.broken { Err(Error::Broken) } else { Ok(()) }
+        if self.broken || self.is_inherited() { Err(Error::Broken) } else { Ok(()) }
+    }
+
+    /// Whether it belongs to the process that this one was forked from.
+    pub(crate) fn is_inherited(&self) -> bool {
+        self.opened_by != sys::lineage()
     }
 
     /// Ends the connection after a failure that left it in the middle of an answer.
     pub(crate) fn break_off(&mut self) {
         self.broken = true;
-        self.sender.ending().shut();
+        // Our parent's connection is not ours to end.
+        if !self.is_inherited() {
+            self.sender.ending().shut();
+        }
+    }
+
+    /// Whoever moves the bytes without us.
+    pub(crate) fn socket(&self) -> &OwnedFd {
+        &self.sender.socket
+    }
+
+    /// Gives the socket away. A connection that is in the middle of something has no use for whoever gets it.
+    #[cfg(feature = "async")]
+    pub(crate) fn into_socket(self) -> Result<OwnedFd, Error> {
+        self.usable()?;
+        let Self { sender, receiver, .. } = self;
+        if !receiver.assembler.is_between_frames() {
+            return Err(ReplyError::RequestId.into());
+        }
+        drop(receiver);
+        Arc::into_inner(sender.socket).ok_or(Error::Broken)
     }
 
     /// Waits for `time`, or until the agent closes the connection.
@@ -149,16 +221,18 @@ impl Connection {
     }
 }
 
-/// Whether the connection is of no use after this failure to send.
-fn breaks(error: &Error) -> bool {
-    !matches!(error, Error::TooLong { .. })
+/// Why there was no answer.
+pub(crate) struct Unanswered {
+    pub(crate) error: Error,
+    /// The whole request left, and may have been carried out.
+    pub(crate) sent: bool,
 }
 
 /// A reply, with what it answers.
 pub(crate) struct Call {
-    operation: Opcode,
-    id: u32,
-    reply: Reply,
+    pub(crate) operation: Opcode,
+    pub(crate) id: u32,
+    pub(crate) reply: Reply,
 }
 
 impl Call {
@@ -189,7 +263,7 @@ impl Sender {
         let id = self.next_id();
         let bytes = wire::encode(request, id, self.frame_max)?;
         self.send_bytes(bytes.expose_secret())?;
-        Ok((wire::operation(request), id))
+        Ok((request.opcode(), id))
     }
 
     /// Sends a whole frame. A peer that does not take it within the limit is given up.
@@ -229,10 +303,7 @@ impl Ending {
 /// The receiving half.
 pub(crate) struct Receiver {
     socket: Arc<OwnedFd>,
-    inbox: Inbox,
-    frame_max: usize,
-    /// The limit that the kernel was last given.
-    armed: Option<Duration>,
+    assembler: Assembler,
     /// While the hello's reply is awaited.
     credentials: Option<Credentials>,
 }
@@ -245,67 +316,71 @@ struct Credentials {
 impl Receiver {
     /// The next reply, whole, within `limit`. `buffer` is used when it is large enough.
     pub(crate) fn receive(&mut self, buffer: SecretVec, limit: Duration) -> Result<Reply, Error> {
-        let start = Instant::now();
-        let head = loop {
-            if let Some(head) =
-                FrameHead::parse(self.inbox.filled(), self.frame_max).map_err(ReplyError::Frame)?
-            {
-                break head;
+        let until = Until { start: Instant::now(), limit };
+        let mut spare = Some(buffer);
+        while self.assembler.is_between_frames() {
+            // Nothing of the reply is there yet, as a rule.
+            until.readable(&self.socket)?;
+            let got = receive_some(&self.socket, self.assembler.room(), &mut self.credentials, &until)?;
+            self.assembler.filled(got);
+        }
+        loop {
+            if let Some(frame) = self.assembler.next(&mut spare)? {
+                return Ok(Reply::new(frame));
             }
-            self.wait_at_most(start, limit)?;
-            let room = self.inbox.room();
-            let got = match &mut self.credentials {
-                None => receive_some(&self.socket, room),
-                Some(credentials) => receive_with_sender(&self.socket, room, credentials),
-            }
-            .map_err(|error| failed(error, limit))?;
-            self.inbox.end = self.inbox.end.saturating_add(got);
-        };
-        // At most the ceiling: `parse` has compared it.
-        let len = usize::try_from(head.frame_len()).map_err(|_| ReplyError::Shape)?;
-        let mut bytes = if buffer.capacity() >= len { buffer } else { SecretVec::with_capacity(len) };
-        let mut rest = bytes.as_mut_slice().get_mut(..len).ok_or(ReplyError::Shape)?;
-        while !rest.is_empty() {
-            let got = match self.inbox.take(rest) {
-                0 => {
-                    self.wait_at_most(start, limit)?;
-                    let got = match &mut self.credentials {
-                        None => receive_some(&self.socket, rest),
-                        Some(credentials) => receive_with_sender(&self.socket, rest, credentials),
-                    };
-                    got.map_err(|error| failed(error, limit))?
-                }
-                taken => taken,
-            };
-            rest = rest.get_mut(got..).unwrap_or_default();
+            let got = receive_some(&self.socket, self.assembler.room(), &mut self.credentials, &until)?;
+            self.assembler.filled(got);
         }
-        bytes.truncate(len);
-        Ok(Reply::new(bytes))
-    }
-
-    /// Tells the kernel how long the next wait may be.
-    fn wait_at_most(&mut self, start: Instant, limit: Duration) -> Result<(), Error> {
-        let elapsed = start.elapsed();
-        // The clock is asked for every piece, the kernel told only when it matters: a long reply has many pieces.
-        let time = if elapsed <= limit / 16 { limit } else { limit.saturating_sub(elapsed) };
-        if time.is_zero() {
-            return Err(Error::Timeout { limit });
-        }
-        if self.armed != Some(time) {
-            setsockopt(&self.socket.as_fd(), ReceiveTimeout, &time_val(time))
-                .map_err(|errno| Error::Connection(errno.into()))?;
-            self.armed = Some(time);
-        }
-        Ok(())
     }
 }
 
-fn receive_some(socket: &OwnedFd, buf: &mut [u8]) -> Result<usize, Errno> {
+/// How long a reply may take.
+struct Until {
+    start: Instant,
+    limit: Duration,
+}
+
+impl Until {
+    /// Waits until there is something to receive. In `poll`, since whoever sleeps in a receive is woken for nothing when the
+    /// agent takes the request out of the socket: there is room to send again.
+    fn readable(&self, socket: &OwnedFd) -> Result<(), Error> {
+        loop {
+            let left = self.limit.saturating_sub(self.start.elapsed());
+            // Rounded up: a part of a millisecond that is left must not become a wait of none, again and again.
+            let left = PollTimeout::try_from(left.saturating_add(Duration::from_micros(999)));
+            match poll(
+                &mut [PollFd::new(socket.as_fd(), PollFlags::POLLIN)],
+                left.unwrap_or(PollTimeout::MAX),
+            ) {
+                Ok(0) if self.start.elapsed() >= self.limit => {
+                    return Err(Error::Timeout { limit: self.limit });
+                }
+                Ok(0) | Err(Errno::EINTR) => {}
+                Ok(_) => return Ok(()),
+                Err(errno) => return Err(Error::Connection(errno.into())),
+            }
+        }
+    }
+}
+
+/// Receives what is there, and waits only when that is nothing.
+fn receive_some(
+    socket: &OwnedFd,
+    buf: &mut [u8],
+    credentials: &mut Option<Credentials>,
+    until: &Until,
+) -> Result<usize, Error> {
     loop {
-        match recv(socket.as_raw_fd(), buf, MsgFlags::empty()) {
-            Ok(0) => return Err(Errno::ECONNRESET),
+        let got = match credentials {
+            None => recv(socket.as_raw_fd(), buf, MsgFlags::MSG_DONTWAIT),
+            Some(credentials) => receive_with_sender(socket, buf, credentials),
+        };
+        match got {
+            Ok(0) | Err(Errno::ECONNRESET | Errno::EPIPE) => return Err(Error::Closed),
+            Ok(got) => return Ok(got),
             Err(Errno::EINTR) => {}
-            got => return got,
+            Err(Errno::EAGAIN) => until.readable(socket)?,
+            Err(errno) => return Err(Error::Connection(errno.into())),
         }
     }
 }
@@ -320,14 +395,10 @@ fn receive_with_sender(
     // Room for one sender and nothing else: descriptors that come along are closed by the kernel.
     let mut control = cmsg_space!(UnixCredentials);
     let mut slices = [IoSliceMut::new(buf)];
-    let message = loop {
-        match recvmsg::<()>(socket.as_raw_fd(), &mut slices, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC) {
-            Err(Errno::EINTR) => {}
-            message => break message?,
-        }
-    };
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
+    let message = recvmsg::<()>(socket.as_raw_fd(), &mut slices, Some(&mut control), flags)?;
     if message.bytes == 0 {
-        return Err(Errno::ECONNRESET);
+        return Ok(0);
     }
     let mut sender = None;
     for control in message.cmsgs()? {
@@ -346,11 +417,37 @@ fn receive_with_sender(
     }
 }
 
-fn failed(errno: Errno, limit: Duration) -> Error {
-    match errno {
-        Errno::EAGAIN => Error::Timeout { limit },
-        Errno::ECONNRESET | Errno::EPIPE => Error::Closed,
-        errno => Error::Connection(io::Error::from(errno)),
+/// Receives what is there; nothing when that is nothing.
+pub(crate) fn receive_now(socket: &impl AsRawFd, room: &mut [u8]) -> Result<Option<usize>, Error> {
+    match recv(socket.as_raw_fd(), room, MsgFlags::MSG_DONTWAIT) {
+        Ok(0) | Err(Errno::ECONNRESET | Errno::EPIPE) => Err(Error::Closed),
+        Ok(got) => Ok(Some(got)),
+        Err(Errno::EINTR | Errno::EAGAIN) => Ok(None),
+        Err(errno) => Err(Error::Connection(errno.into())),
+    }
+}
+
+/// Sends what the socket has room for; nothing when it has none.
+pub(crate) fn send_now(socket: &impl AsRawFd, slices: &[IoSlice<'_>]) -> Result<Option<usize>, Error> {
+    let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+    match sendmsg::<()>(socket.as_raw_fd(), slices, &[], flags, None) {
+        Ok(sent) => Ok(Some(sent)),
+        Err(Errno::EINTR | Errno::EAGAIN) => Ok(None),
+        Err(Errno::EPIPE | Errno::ECONNRESET) => Err(Error::Closed),
+        Err(errno) => Err(Error::Connection(errno.into())),
+    }
+}
+
+/// Waits for something to receive, or for room to send; `limit` at most.
+pub(crate) fn wait_for(socket: &OwnedFd, to_send: bool, limit: Duration) -> Result<PollFlags, Error> {
+    let mut flags = PollFlags::POLLIN;
+    flags.set(PollFlags::POLLOUT, to_send);
+    let limit = PollTimeout::try_from(limit.saturating_add(Duration::from_micros(999)));
+    let mut polled = [PollFd::new(socket.as_fd(), flags)];
+    match poll(&mut polled, limit.unwrap_or(PollTimeout::MAX)) {
+        Ok(_) => Ok(polled.first().and_then(PollFd::revents).unwrap_or(PollFlags::empty())),
+        Err(Errno::EINTR) => Ok(PollFlags::empty()),
+        Err(errno) => Err(Error::Connection(errno.into())),
     }
 }
 
@@ -359,52 +456,4 @@ fn time_val(time: Duration) -> TimeVal {
     let micros = time.as_micros().clamp(1, 1_000_000_000_000_000);
     let micros = i64::try_from(micros).unwrap_or(1);
     TimeVal::new(micros / 1_000_000, micros % 1_000_000)
-}
-
-/// What arrived beyond the frame in hand.
-struct Inbox {
-    bytes: Box<[u8; INBOX_LEN]>,
-    start: usize,
-    end: usize,
-}
-
-impl Inbox {
-    fn new() -> Self {
-        Self { bytes: Box::new([0; INBOX_LEN]), start: 0, end: 0 }
-    }
-
-    fn filled(&self) -> &[u8] {
-        self.bytes.get(self.start..self.end).unwrap_or_default()
-    }
-
-    /// Where more can be read to; never empty while less than the head of a frame is there.
-    fn room(&mut self) -> &mut [u8] {
-        if self.start > 0 {
-            self.bytes.copy_within(self.start..self.end, 0);
-            let len = self.end.saturating_sub(self.start);
-            if let Some(left) = self.bytes.get_mut(len..self.end) {
-                left.zeroize();
-            }
-            (self.start, self.end) = (0, len);
-        }
-        self.bytes.get_mut(self.end..).unwrap_or_default()
-    }
-
-    /// Moves bytes to `out` and says how many.
-    fn take(&mut self, out: &mut [u8]) -> usize {
-        let len = out.len().min(self.end.saturating_sub(self.start));
-        let end = self.start.saturating_add(len);
-        if let (Some(from), Some(to)) = (self.bytes.get_mut(self.start..end), out.get_mut(..len)) {
-            to.copy_from_slice(from);
-            from.zeroize();
-        }
-        self.start = end;
-        len
-    }
-}
-
-impl Drop for Inbox {
-    fn drop(&mut self) {
-        self.bytes.zeroize();
-    }
 }

@@ -114,8 +114,8 @@ pub enum Error {
     /// The input does not begin as a ciphertext does.
     #[error(transparent)]
     NotACiphertext(#[from] HeaderError),
-    /// A ciphertext of ours, but not one of data.
-    #[error("the ciphertext holds a key, not data")]
+    /// Made by us, but not a ciphertext of data.
+    #[error("this is a wrapped key or the tag of an input, not encrypted data")]
     NotData,
     /// Truncated, changed, or sealed with another context: one and the same failure.
     #[error("wrong encryption context, or truncated or changed ciphertext")]
@@ -171,6 +171,41 @@ impl Error {
             | Self::InputChanged
             | Self::Output(_)
             | Self::Thread(_) => 1,
+        }
+    }
+
+    /// The same failure, for another request that it befell.
+    pub(crate) fn again(&self) -> Self {
+        let io = |error: &io::Error| {
+            error.raw_os_error().map_or_else(|| error.kind().into(), io::Error::from_raw_os_error)
+        };
+        match self {
+            Self::NoAgent => Self::NoAgent,
+            Self::Connect { socket, source } => Self::Connect { socket: socket.clone(), source: io(source) },
+            Self::NotASocket { socket } => Self::NotASocket { socket: socket.clone() },
+            Self::UntrustedPlace { path, owner } => {
+                Self::UntrustedPlace { path: path.clone(), owner: *owner }
+            }
+            Self::WritableDirectory { path } => Self::WritableDirectory { path: path.clone() },
+            Self::UntrustedServer { socket, uid } => {
+                Self::UntrustedServer { socket: socket.clone(), uid: *uid }
+            }
+            Self::UnidentifiedServer { socket } => Self::UnidentifiedServer { socket: socket.clone() },
+            Self::ClosedBeforeHello { socket } => Self::ClosedBeforeHello { socket: socket.clone() },
+            Self::NotAnAgent { socket, source } => {
+                Self::NotAnAgent { socket: socket.clone(), source: Box::new(source.again()) }
+            }
+            Self::Refused { operation, status, retry_after } => {
+                Self::Refused { operation: *operation, status: *status, retry_after: *retry_after }
+            }
+            Self::Reply(error) => Self::Reply(*error),
+            Self::Timeout { limit } => Self::Timeout { limit: *limit },
+            Self::Connection(source) => Self::Connection(io(source)),
+            Self::TooLong { what, max } => Self::TooLong { what, max: *max },
+            Self::InvalidCiphertext => Self::InvalidCiphertext,
+            Self::Closed => Self::Closed,
+            // Nothing else befalls more than the one who is told.
+            _ => Self::Broken,
         }
     }
 

@@ -98,10 +98,15 @@ impl<'a> RemoteOpening<'a> {
             let mut last = SecretVec::with_capacity(len);
             input.read_last(last.as_mut_slice())?;
             let fields = RemoteChunks { stream: self.stream, first };
-            let call =
-                self.client.call(&Request::RemoteStreamDecrypt { fields, chunks: last.expose_secret() })?;
-            if call.accept()?.payload()?.len() != len.saturating_sub(TAG_LEN) {
-                return Err(ReplyError::Shape.into());
+            let request = Request::RemoteStreamDecrypt { fields, chunks: last.expose_secret() };
+            let call = self.client.connection.call(&request, self.client.route.timeout)?;
+            let opened = call.accept().and_then(|reply| Ok(reply.payload()?.len()));
+            if !matches!(&opened, Ok(opened) if *opened == len.saturating_sub(TAG_LEN)) {
+                let error = opened.map_or_else(|error| error, |_| ReplyError::Shape.into());
+                if matches!(error, Error::Reply(_)) {
+                    self.client.connection.break_off();
+                }
+                return Err(error);
             }
         }
         output.hold(expected);
@@ -111,8 +116,13 @@ impl<'a> RemoteOpening<'a> {
 
 /// Lets the agent forget a stream. That it fails is no loss: a stream ends with its connection at the latest.
 fn close(client: &mut Client, stream: u32) {
-    let closed = client.call(&Request::RemoteStreamClose(RemoteStream { stream }));
-    let _ = closed.and_then(|call| Ok(call.accept()?.fields(decode_fields::<NoFields>)?));
+    let closed = client
+        .connection
+        .call(&Request::RemoteStreamClose(RemoteStream { stream }), client.route.timeout)
+        .and_then(|call| Ok(call.accept()?.fields(decode_fields::<NoFields>)?));
+    if matches!(closed, Err(Error::Reply(_))) {
+        client.connection.break_off();
+    }
 }
 
 /// A frame whose answer is awaited, with the memory that the answer goes to.
@@ -172,7 +182,7 @@ impl<'a, 'i, 'o> Run<'a, 'i, 'o> {
 
     fn run(self) -> Result<u64, Error> {
         self.client.connection.usable()?;
-        let limit = self.client.timeout;
+        let limit = self.client.route.timeout;
         let Self { client, stream, direction, input, output, progress, chunks } = self;
         let Connection { sender, receiver, .. } = &mut client.connection;
         let stream = Stream { number: stream, direction, chunks };

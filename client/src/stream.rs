@@ -113,7 +113,7 @@ impl<'a> Input<'a> {
                 }
                 Ok(Head::Stream(header, Box::new(bytes)))
             }
-            Purpose::WrappedKey => Err(Error::NotData),
+            Purpose::WrappedKey | Purpose::Tag => Err(Error::NotData),
             // Reserved: this release does not read it.
             Purpose::SharedMessage => Err(HeaderError::Purpose(Purpose::SharedMessage as u8).into()),
         }

@@ -10,10 +10,11 @@ mod show;
 use std::{env, error::Error, fs, path::PathBuf};
 
 use kms_protocol::{
-    Add, Added, Constraint, Describe, Description, FRAME_HEAD_LEN, Fact, Hello, KeyAndContext, KeyRef,
-    KeyRow, KeyState, List, Listed, LockState, Locking, Malformed, Material, NoFields, Opcode, Refusal,
-    RemoteChunks, RemoteStream, Remove, Removed, Request, Status, StatusReply, VersionRow, Welcome,
-    constraint,
+    Add, Added, Bind, Bound, Constraint, Describe, Description, Export, Exported, FRAME_HEAD_LEN, Fact,
+    Hello, KeyAndContext, KeyRef, KeyRow, KeyState, List, Listed, LockState, Locking, Malformed, Material,
+    NewDataKey, NoFields, Opcode, OperationCount, Random, Refusal, RemoteChunks, RemoteStream, Remove,
+    RemoveAll, Removed, RemovedAll, Rename, Renamed, Request, Rewrap, Rewrapped, Rotate, Rotated, StatsReply,
+    Status, StatusReply, Value, Verified, VersionRow, Welcome, constraint,
 };
 use show::{Fields, hex, parts};
 
@@ -41,6 +42,12 @@ const PLAINTEXT: &[u8] = b"attack at dawn";
 const CHUNK: [u8; 30] = sequence(0x40);
 /// Stands for a message key and a base nonce.
 const STREAM_KEY: [u8; 44] = sequence(0x10);
+/// Stands for a key of the caller's, or a data key.
+const CALLERS_KEY: [u8; 32] = sequence(0x60);
+/// Stands for the SHA-512 of an input.
+const DIGEST: [u8; 64] = sequence(0x80);
+/// A number of this connection.
+const BOUND: u32 = 0x0102_0304;
 const PASSPHRASE: &[u8] = b"correct horse battery staple";
 const CREATED: u64 = 1_700_000_000;
 
@@ -133,9 +140,45 @@ impl Folder {
         self.write(name, about, &lines)
     }
 
+    fn batch(
+        &mut self,
+        name: &str,
+        about: &str,
+        what: &str,
+        (code, id): (u16, u32),
+        items: &[Vec<u8>],
+    ) -> Outcome {
+        let payload = items.concat();
+        let mut lines = vec![
+            "expect: success".to_owned(),
+            format!("message: {what}"),
+            format!("code: {code:#06x}"),
+            format!("request-id: {id}"),
+            format!("payload: {}", hex(&payload)),
+        ];
+        lines.extend(items.iter().map(|item| format!("item: {}", hex(item))));
+        lines.push(format!("frame: {}", hex(&NoFields {}.frame(code, id, &payload)?)));
+        self.write(name, about, &lines)
+    }
+
     /// `then` says whether the connection ends.
+    fn bad_fields(
+        &mut self,
+        name: &str,
+        about: &str,
+        opcode: Opcode,
+        reason: &str,
+        fields: &[u8],
+    ) -> Outcome {
+        let message = format!("request {}", opcode.name());
+        let expect = format!("malformed: fields: {reason}");
+        let bytes = frame(opcode.code(), 9, fields, &[])?;
+        self.bad(&format!("bad-fields-{name}"), about, &message, &expect, &bytes)
+    }
+
     fn bad(&mut self, name: &str, about: &str, message: &str, expect: &str, frame: &[u8]) -> Outcome {
-        let stays = ["unsupported: opcode", "malformed: key name", "unsupported: constraint"];
+        let stays =
+            ["unsupported: opcode", "malformed: key name", "unsupported: constraint", "malformed: batch"];
         let then = match expect {
             "incomplete" => "waits",
             _ if stays.contains(&expect) => "stays",
@@ -192,6 +235,43 @@ fn add(name: &str, material: Material) -> Add<'_> {
     Add { token: TOKEN, name, material, if_missing: false, constraints }
 }
 
+fn new_data_key(key: KeyRef<'_>) -> NewDataKey<'_> {
+    NewDataKey { key, context: CONTEXT, length: 32 }
+}
+
+/// A ciphertext, as far as the protocol cares.
+fn ciphertext(purpose: u8, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0x92, 0x6b, 0x1c, 1, 1, purpose, 0, 0];
+    bytes.extend(KEY_ID);
+    bytes.extend([0, 0, 0, 1]);
+    bytes.resize(len, 0x5a);
+    bytes
+}
+
+/// The items of the batch, and what comes back.
+fn batch() -> Result<[Vec<Vec<u8>>; 2], Malformed> {
+    let item = |code: u16, id: u32, fields: &dyn Fields, payload: &[u8]| fields.frame(code, id, payload);
+    let requests = [
+        Request::Encrypt { fields: by_name(CONTEXT), plaintext: PLAINTEXT },
+        Request::Random(Random { length: 32 }),
+        Request::Decrypt { fields: by_name(NO_CONTEXT), ciphertext: CIPHERTEXT },
+        Request::Ping,
+    ];
+    let mut items = Vec::new();
+    for (request, id) in requests.iter().zip([1, u32::MAX, 1, 0]) {
+        let (opcode, fields, payload) = parts(request);
+        items.push(item(opcode.code(), id, fields.as_ref(), payload)?);
+    }
+    let refused = |status: Status, id| item(status.code(), id, &Refusal { retry_after_ms: 0 }, &[]);
+    let replies = vec![
+        item(Status::Ok.code(), 1, &NoFields {}, CIPHERTEXT)?,
+        item(Status::Ok.code(), u32::MAX, &NoFields {}, &CALLERS_KEY)?,
+        refused(Status::InvalidCiphertext, 1)?,
+        refused(Status::Unsupported, 0)?,
+    ];
+    Ok([items, replies])
+}
+
 fn key_row(name: &str, expires_in: Option<u64>) -> KeyRow {
     KeyRow {
         name: name.to_owned(),
@@ -226,11 +306,7 @@ fn welcome() -> Welcome {
 
 /// The head of a stream, as far as the protocol cares.
 fn stream_head() -> Vec<u8> {
-    let mut head = vec![0x92, 0x6b, 0x1c, 1, 1, 3, 0, 0];
-    head.extend(KEY_ID);
-    head.extend([0, 0, 0, 1]);
-    head.resize(188, 0x5a);
-    head
+    ciphertext(3, 188)
 }
 
 fn worked_example(folder: &mut Folder) -> Outcome {
@@ -253,6 +329,11 @@ fn requests(folder: &mut Folder) -> Outcome {
     let by_id = KeyAndContext { key: KeyRef::Id(KEY_ID), context: CONTEXT };
     let head = stream_head();
     let head = head.as_slice();
+    let first = head.get(..132).ok_or(Malformed)?;
+    let wrapped = ciphertext(2, 132);
+    let wrapped = wrapped.as_slice();
+    let tag_and_digest = [&ciphertext(5, 60)[..], &DIGEST].concat();
+    let tag_and_digest = tag_and_digest.as_slice();
     let all: Vec<(&str, &str, Request<'_>)> = vec![
         ("request-hello", "Version 1.", Request::Hello(Hello { version: 1 })),
         ("request-ping", "No fields, no payload.", Request::Ping),
@@ -343,11 +424,109 @@ fn requests(folder: &mut Folder) -> Outcome {
             "The number of the stream.",
             Request::RemoteStreamClose(RemoteStream { stream: 7 }),
         ),
+        (
+            "request-add-constraints",
+            "Every kind of constraint.",
+            Request::Add {
+                fields: Add {
+                    constraints: [0, 3600, 0, u64::MAX, 0]
+                        .into_iter()
+                        .zip(constraint::ALL)
+                        .map(|(value, kind)| Constraint { kind: *kind, value })
+                        .collect(),
+                    ..add("backup", Material::Generate)
+                },
+                material: &[],
+            },
+        ),
+        (
+            "request-describe-bound",
+            "By a number of the connection.",
+            Request::Describe(Describe { key: KeyRef::Bound(BOUND), versions_after: 0 }),
+        ),
+        ("request-rotate", "By name.", Request::Rotate(Rotate { token: TOKEN, key: KeyRef::Name("backup") })),
+        (
+            "request-rename",
+            "By id.",
+            Request::Rename(Rename { token: TOKEN, key: KeyRef::Id(KEY_ID), name: "db/main.2024_x-1" }),
+        ),
+        (
+            "request-export",
+            "The primary version, with a passphrase.",
+            Request::Export {
+                fields: Export { key: KeyRef::Name("backup"), version: 0 },
+                passphrase: PASSPHRASE,
+            },
+        ),
+        (
+            "request-export-version",
+            "Version 7, without a passphrase.",
+            Request::Export { fields: Export { key: KeyRef::Id(KEY_ID), version: 7 }, passphrase: &[] },
+        ),
+        ("request-remove-all", "A token.", Request::RemoveAll(RemoveAll { token: TOKEN })),
+        (
+            "request-wrap",
+            "The key of the caller's is the payload.",
+            Request::Wrap { fields: by_name(CONTEXT), plaintext: &CALLERS_KEY },
+        ),
+        (
+            "request-unwrap",
+            "The wrapped key is the payload; to the protocol it is any bytes.",
+            Request::Unwrap { fields: by_id, ciphertext: wrapped },
+        ),
+        ("request-datakey", "32 bytes.", Request::DataKey(new_data_key(KeyRef::Name("backup")))),
+        (
+            "request-datakey-wrapped",
+            "1,024 bytes, by a number of the connection.",
+            Request::DataKeyWrapped(NewDataKey { length: 1024, ..new_data_key(KeyRef::Bound(0)) }),
+        ),
+        (
+            "request-rewrap",
+            "To the primary version of the same key.",
+            Request::Rewrap {
+                fields: Rewrap { key: KeyRef::Name("backup"), context: CONTEXT, to: None },
+                ciphertext: CIPHERTEXT,
+            },
+        ),
+        (
+            "request-rewrap-to",
+            "The first 132 bytes of a stream, to another key.",
+            Request::Rewrap {
+                fields: Rewrap {
+                    key: KeyRef::Id(KEY_ID),
+                    context: NO_CONTEXT,
+                    to: Some(KeyRef::Name("db/main")),
+                },
+                ciphertext: first,
+            },
+        ),
+        (
+            "request-verify",
+            "The head of a stream; to the protocol it is any bytes.",
+            Request::Verify { fields: by_id, ciphertext: head },
+        ),
+        (
+            "request-mac",
+            "The digest is the payload.",
+            Request::Mac { fields: by_name(CONTEXT), digest: &DIGEST },
+        ),
+        ("request-random", "65,536 bytes.", Request::Random(Random { length: 65_536 })),
+        ("request-bind", "By name.", Request::Bind(Bind { number: BOUND, key: KeyRef::Name("backup") })),
+        (
+            "request-mac-verify",
+            "Tag and digest are the payload.",
+            Request::MacVerify { fields: by_id, tag_and_digest },
+        ),
+        ("request-stats", "No fields, no payload.", Request::Stats),
     ];
-    for ((name, about, request), id) in all.iter().zip(0x1000..) {
+    let mut id = 0x1000;
+    for (name, about, request) in &all {
         folder.request(name, about, id, request)?;
+        id += 1;
     }
-    Ok(())
+    let [items, _] = batch()?;
+    let about = "Four items; what the third asks for does not come about, and the fourth may not be one.";
+    folder.batch("request-batch", about, "request batch", (Opcode::Batch.code(), id), &items)
 }
 
 fn replies(folder: &mut Folder) -> Outcome {
@@ -384,6 +563,48 @@ fn replies(folder: &mut Folder) -> Outcome {
     let unchanged = Locking { changed: false };
     let stream = RemoteStream { stream: 7 };
     let head = stream_head();
+    let constrained = Description {
+        key: key_row("backup", Some(1)),
+        versions: vec![version(1, 0)],
+        more: false,
+        constraints: constraint::ALL.iter().map(|kind| Constraint { kind: *kind, value: 0 }).collect(),
+    };
+    let states = Description {
+        key: KeyRow { state: KeyState::Removed, ..key_row("backup", None) },
+        versions: [
+            KeyState::Enabled,
+            KeyState::Staged,
+            KeyState::Disabled,
+            KeyState::Removed,
+            KeyState::Destroyed,
+        ]
+        .into_iter()
+        .zip(1..)
+        .map(|(state, number)| VersionRow { state, ..version(number, 0) })
+        .collect(),
+        more: false,
+        constraints: Vec::new(),
+    };
+    let rotated = Rotated { id: KEY_ID, version: 2, check_value: CHECK_VALUE };
+    let exported = Exported { id: KEY_ID, version: 1 };
+    let wrapped = ciphertext(2, 132);
+    let both = [&CALLERS_KEY[..], &wrapped].concat();
+    let moved = Rewrapped { changed: true, id: KEY_ID, version: 2 };
+    let kept = Rewrapped { changed: false, id: KEY_ID, version: 1 };
+    let verified = Verified { id: KEY_ID, name: "backup".to_owned(), version: 1, primary: 2 };
+    let tag = ciphertext(5, 60);
+    let count = |opcode, status: Status, count| OperationCount { opcode, status: status.code(), count };
+    let value = |name: &str, value| Value { name: name.to_owned(), value };
+    let stats = StatsReply {
+        uptime_ms: 86_400_000,
+        operations: vec![
+            count(0, Status::Malformed, 1),
+            count(Opcode::Encrypt.code(), Status::Ok, 1000),
+            count(Opcode::Encrypt.code(), Status::NotFound, u64::MAX),
+        ],
+        values: vec![value("keys", 1), value("a-later-value", 0)],
+    };
+    let no_stats = StatsReply { uptime_ms: 0, operations: Vec::new(), values: Vec::new() };
     let all: Vec<Reply<'_>> = vec![
         ("reply-hello", "What this release sends.", Opcode::Hello, &welcome, &[]),
         ("reply-ping", "Nothing.", Opcode::Ping, &NoFields {}, &[]),
@@ -412,10 +633,40 @@ fn replies(folder: &mut Folder) -> Outcome {
         ),
         ("reply-remote-stream-decrypt", "Plaintext.", Opcode::RemoteStreamDecrypt, &NoFields {}, PLAINTEXT),
         ("reply-remote-stream-close", "Nothing.", Opcode::RemoteStreamClose, &NoFields {}, &[]),
+        ("reply-describe-constraints", "Of a key with every kind.", Opcode::Describe, &constrained, &[]),
+        ("reply-describe-states", "Every state of a version.", Opcode::Describe, &states, &[]),
+        ("reply-rotate", "Version 2 is primary.", Opcode::Rotate, &rotated, &[]),
+        ("reply-rename", "The id of the key.", Opcode::Rename, &Renamed { id: KEY_ID }, &[]),
+        ("reply-export", "The key is the payload.", Opcode::Export, &exported, &IMPORTED),
+        ("reply-remove-all", "Two keys are gone.", Opcode::RemoveAll, &RemovedAll { keys: 2 }, &[]),
+        ("reply-wrap", "The wrapped key is the payload.", Opcode::Wrap, &NoFields {}, &wrapped),
+        (
+            "reply-unwrap",
+            "The key of the caller's is the payload.",
+            Opcode::Unwrap,
+            &NoFields {},
+            &CALLERS_KEY,
+        ),
+        ("reply-datakey", "The data key, and the same wrapped.", Opcode::DataKey, &NoFields {}, &both),
+        ("reply-datakey-wrapped", "The wrapped key.", Opcode::DataKeyWrapped, &NoFields {}, &wrapped),
+        ("reply-rewrap", "What takes the place of a message.", Opcode::Rewrap, &moved, CIPHERTEXT),
+        ("reply-rewrap-unchanged", "Nothing was to be done.", Opcode::Rewrap, &kept, &[]),
+        ("reply-verify", "Under version 1 of 2.", Opcode::Verify, &verified, &[]),
+        ("reply-mac", "The tag is the payload.", Opcode::Mac, &NoFields {}, &tag),
+        ("reply-random", "As many bytes as were asked for.", Opcode::Random, &NoFields {}, &CALLERS_KEY),
+        ("reply-bind", "The id of the key.", Opcode::Bind, &Bound { id: KEY_ID }, &[]),
+        ("reply-mac-verify", "It is the tag.", Opcode::MacVerify, &NoFields {}, &[]),
+        ("reply-stats", "With a value that is not known yet.", Opcode::Stats, &stats, &[]),
+        ("reply-stats-empty", "Nothing came about.", Opcode::Stats, &no_stats, &[]),
     ];
-    for ((name, about, opcode, fields, payload), id) in all.into_iter().zip(0x2000..) {
+    let mut id = 0x2000;
+    for (name, about, opcode, fields, payload) in all {
         folder.reply(name, about, id, opcode, fields, payload)?;
+        id += 1;
     }
+    let [_, items] = batch()?;
+    let about = "The replies to four items, two of them refusals.";
+    folder.batch("reply-batch", about, "reply to batch", (Status::Ok.code(), id), &items)?;
     for (status, id) in Status::ALL.iter().filter(|status| **status != Status::Ok).zip(0x3000..) {
         let retry_after_ms = if *status == Status::Busy { 1500 } else { 0 };
         let name = format!("refusal-{}", status.name());
@@ -466,7 +717,7 @@ fn bad_heads(folder: &mut Folder) -> Outcome {
     }
     for (name, about, code) in [
         ("0000", "Opcode 0 is never given out.", 0),
-        ("reserved", "The opcode of rewrap, reserved.", 0x2d),
+        ("reserved", "The opcode of destroy, reserved.", 0x19),
         ("ffff", "The highest opcode.", 0xffff),
     ] {
         let bytes = frame(code, 9, &[], &[])?;
@@ -611,13 +862,7 @@ fn bad_requests(folder: &mut Folder) -> Outcome {
         ),
         ("bool-2", "A bool of 02.", Opcode::Add, "bool", with(&generate, if_missing, &[2])?),
         ("bool-255", "A bool of ff.", Opcode::Add, "bool", with(&generate, if_missing, &[0xff])?),
-        (
-            "tag-key-ref-2",
-            "Tag 2 of KeyRef, reserved.",
-            Opcode::Decrypt,
-            "enumeration tag",
-            with(&by_name, 0, &[2])?,
-        ),
+        ("tag-key-ref-3", "Tag 3 of KeyRef.", Opcode::Decrypt, "enumeration tag", with(&by_name, 0, &[3])?),
         (
             "tag-key-ref-high",
             "A tag with its highest byte set.",
@@ -644,10 +889,14 @@ fn bad_requests(folder: &mut Folder) -> Outcome {
         ),
     ];
     for (name, about, opcode, reason, fields) in cases {
-        let message = format!("request {}", opcode.name());
-        let expect = format!("malformed: fields: {reason}");
-        let bytes = frame(opcode.code(), 9, &fields, &[])?;
-        folder.bad(&format!("bad-fields-{name}"), about, &message, &expect, &bytes)?;
+        folder.bad_fields(name, about, opcode, reason, &fields)?;
+    }
+    let rotate = encoded(&Rotate { token: TOKEN, key: KeyRef::Name("backup") })?;
+    let rename = encoded(&Rename { token: TOKEN, key: KeyRef::Name("backup"), name: "other" })?;
+    let data_key = encoded(&new_data_key(KeyRef::Name("backup")))?;
+    let bind = encoded(&Bind { number: BOUND, key: KeyRef::Name("backup") })?;
+    for (name, about, opcode, reason, fields) in new_shapes(&rotate, &rename, &data_key, &bind)? {
+        folder.bad_fields(name, about, opcode, reason, &fields)?;
     }
     for (opcode, fields) in [
         (Opcode::Hello, hello),
@@ -659,6 +908,14 @@ fn bad_requests(folder: &mut Folder) -> Outcome {
         (Opcode::StreamNew, by_name.clone()),
         (Opcode::RemoteStreamNew, by_name),
         (Opcode::RemoteStreamClose, encoded(&RemoteStream { stream: 7 })?),
+        (Opcode::Rotate, rotate.clone()),
+        (Opcode::Rename, rename.clone()),
+        (Opcode::RemoveAll, TOKEN.to_vec()),
+        (Opcode::DataKey, data_key.clone()),
+        (Opcode::DataKeyWrapped, data_key.clone()),
+        (Opcode::Random, encoded(&Random { length: 32 })?),
+        (Opcode::Bind, bind.clone()),
+        (Opcode::Stats, Vec::new()),
     ] {
         let message = format!("request {}", opcode.name());
         let bytes = frame(opcode.code(), 9, &fields, b"x")?;
@@ -678,12 +935,192 @@ fn bad_requests(folder: &mut Folder) -> Outcome {
         let bytes = frame(Opcode::Add.code(), 9, &encoded(&add(text, Material::Generate))?, &[])?;
         folder.bad(&format!("bad-name-{name}"), about, "request add", "malformed: key name", &bytes)?;
     }
+    let bytes = Rename { token: TOKEN, key: KeyRef::Name("backup"), name: "-a" };
+    let bytes = frame(Opcode::Rename.code(), 9, &encoded(&bytes)?, &[])?;
+    let about = "A new name that starts with a hyphen.";
+    folder.bad("bad-name-rename", about, "request rename", "malformed: key name", &bytes)?;
+    let bytes = frame(
+        Opcode::Wrap.code(),
+        9,
+        &encoded(&KeyAndContext { key: KeyRef::Name("a*"), context: NO_CONTEXT })?,
+        b"x",
+    )?;
+    let about = "A name that only looks for a key.";
+    folder.bad("bad-name-wrap", about, "request wrap", "malformed: key name", &bytes)?;
     for (name, about, number) in
-        [("0", "Kind 0.", 0_u32), ("lifetime", "Kind 2, reserved.", 2), ("max", "Kind 2^32 - 1.", u32::MAX)]
+        [("0", "Kind 0.", 0_u32), ("6", "Kind 6.", 6), ("max", "Kind 2^32 - 1.", u32::MAX)]
     {
         let bytes = frame(Opcode::Add.code(), 9, &with(&generate, kind, &number.to_le_bytes())?, &[])?;
         let name = format!("bad-constraint-{name}");
         folder.bad(&name, about, "request add", "unsupported: constraint", &bytes)?;
+    }
+    Ok(())
+}
+
+/// Name, what it is about, opcode, failure, encoded fields.
+type BadRequest = (&'static str, &'static str, Opcode, &'static str, Vec<u8>);
+
+/// Of the requests that came with rotation, wrapping, tags and batches.
+fn new_shapes(
+    rotate: &[u8],
+    rename: &[u8],
+    data_key: &[u8],
+    bind: &[u8],
+) -> Result<Vec<BadRequest>, Malformed> {
+    let export = encoded(&Export { key: KeyRef::Bound(BOUND), version: 0 })?;
+    let rewrap =
+        encoded(&Rewrap { key: KeyRef::Bound(BOUND), context: NO_CONTEXT, to: Some(KeyRef::Name("other")) })?;
+    // Offset in the fields of `rewrap`: tag 4, number 4, length 8, context 4; then the option.
+    let to = 20;
+    let longer = |bytes: &[u8]| [bytes, &[0]].concat();
+    Ok(vec![
+        ("rotate-no-key", "A token and no key.", Opcode::Rotate, "truncated", TOKEN.to_vec()),
+        ("rotate-trailing", "A byte behind the fields.", Opcode::Rotate, "trailing", longer(rotate)),
+        (
+            "rename-no-name",
+            "The new name is missing.",
+            Opcode::Rename,
+            "truncated",
+            without(rename, 13)?.to_vec(),
+        ),
+        (
+            "rename-length",
+            "A name one byte longer than what is left.",
+            Opcode::Rename,
+            "length",
+            without(rename, 1)?.to_vec(),
+        ),
+        ("rename-utf-8", "A name with the byte ff.", Opcode::Rename, "utf-8", with(rename, 42, &[0xff])?),
+        ("rename-trailing", "A byte behind the fields.", Opcode::Rename, "trailing", longer(rename)),
+        (
+            "export-truncated",
+            "Three bytes of the version.",
+            Opcode::Export,
+            "truncated",
+            without(&export, 1)?.to_vec(),
+        ),
+        ("export-tag", "Tag 3 of KeyRef.", Opcode::Export, "enumeration tag", with(&export, 0, &[3])?),
+        ("export-trailing", "A byte behind the fields.", Opcode::Export, "trailing", longer(&export)),
+        (
+            "bound-truncated",
+            "Three bytes of a bound number.",
+            Opcode::Wrap,
+            "truncated",
+            vec![2, 0, 0, 0, 7, 0, 0],
+        ),
+        (
+            "remove-all-truncated",
+            "15 bytes of a token.",
+            Opcode::RemoveAll,
+            "truncated",
+            without(&TOKEN, 1)?.to_vec(),
+        ),
+        ("remove-all-trailing", "A byte behind the token.", Opcode::RemoveAll, "trailing", longer(&TOKEN)),
+        (
+            "unwrap-context-length",
+            "A context of 2^64 - 1 bytes.",
+            Opcode::Unwrap,
+            "length",
+            with(&rewrap, 8, &[0xff; 8])?,
+        ),
+        (
+            "datakey-no-length",
+            "The length is missing.",
+            Opcode::DataKey,
+            "truncated",
+            without(data_key, 4)?.to_vec(),
+        ),
+        (
+            "datakey-wrapped-trailing",
+            "A byte behind the fields.",
+            Opcode::DataKeyWrapped,
+            "trailing",
+            longer(data_key),
+        ),
+        (
+            "rewrap-no-option",
+            "The fields end before the option.",
+            Opcode::Rewrap,
+            "truncated",
+            rewrap.get(..to).ok_or(Malformed)?.to_vec(),
+        ),
+        ("rewrap-option-2", "An option tag of 02.", Opcode::Rewrap, "option tag", with(&rewrap, to, &[2])?),
+        (
+            "rewrap-to-tag",
+            "Tag 3 of KeyRef in the option.",
+            Opcode::Rewrap,
+            "enumeration tag",
+            with(&rewrap, to + 1, &[3])?,
+        ),
+        (
+            "rewrap-to-nothing",
+            "An option of which only the tag is there.",
+            Opcode::Rewrap,
+            "truncated",
+            rewrap.get(..=to).ok_or(Malformed)?.to_vec(),
+        ),
+        (
+            "rewrap-none-trailing",
+            "A key behind the option tag 00.",
+            Opcode::Rewrap,
+            "trailing",
+            with(&rewrap, to, &[0])?,
+        ),
+        (
+            "verify-trailing",
+            "A byte behind the fields.",
+            Opcode::Verify,
+            "trailing",
+            longer(&encoded(&by_name(CONTEXT))?),
+        ),
+        ("mac-no-context", "The context is missing.", Opcode::Mac, "truncated", vec![2, 0, 0, 0, 7, 0, 0, 0]),
+        (
+            "mac-verify-tag",
+            "Tag 3 of KeyRef.",
+            Opcode::MacVerify,
+            "enumeration tag",
+            with(&encoded(&by_name(CONTEXT))?, 0, &[3])?,
+        ),
+        ("random-truncated", "Three bytes of the length.", Opcode::Random, "truncated", vec![32, 0, 0]),
+        (
+            "random-trailing",
+            "A u64 where a u32 belongs.",
+            Opcode::Random,
+            "trailing",
+            vec![32, 0, 0, 0, 0, 0, 0, 0],
+        ),
+        (
+            "bind-truncated",
+            "Three bytes of the tag.",
+            Opcode::Bind,
+            "truncated",
+            bind.get(..7).ok_or(Malformed)?.to_vec(),
+        ),
+        ("bind-trailing", "A byte behind the fields.", Opcode::Bind, "trailing", longer(bind)),
+        ("batch-fields", "A byte where no fields belong.", Opcode::Batch, "trailing", vec![0]),
+        ("stats-fields", "A byte where no fields belong.", Opcode::Stats, "trailing", vec![0]),
+    ])
+}
+
+fn bad_batches(folder: &mut Folder) -> Outcome {
+    let [items, _] = batch()?;
+    let whole = items.concat();
+    let first = items.first().ok_or(Malformed)?.len();
+    let cases: [(&str, &str, Vec<u8>); 6] = [
+        ("empty", "No item.", Vec::new()),
+        ("cut-short", "The last item lacks its last byte.", without(&whole, 1)?.to_vec()),
+        ("half-a-head", "15 bytes of a head behind the items.", [&whole[..], &[0; 15]].concat()),
+        ("version", "The second item has version 2.", with(&whole, first + 4, &[2])?),
+        ("flags", "The second item has a flag.", with(&whole, first + 5, &[1])?),
+        (
+            "fields-length",
+            "The fields of the second item are longer than it is.",
+            with(&whole, first + 12, &[0xff])?,
+        ),
+    ];
+    for (name, about, payload) in cases {
+        let bytes = frame(Opcode::Batch.code(), 9, &[], &payload)?;
+        folder.bad(&format!("bad-batch-{name}"), about, "request batch", "malformed: batch", &bytes)?;
     }
     Ok(())
 }
@@ -697,6 +1134,12 @@ fn bad_replies(folder: &mut Folder) -> Outcome {
     let (memory_only, state, expires_in) = (38, 39, 71);
     let fact = Fact { name: "keys".to_owned(), value: "1".to_owned() };
     let status = encoded(&StatusReply { state: LockState::Unlocked, facts: vec![fact] })?;
+    let verified = encoded(&Verified { id: KEY_ID, name: "backup".to_owned(), version: 1, primary: 2 })?;
+    let stats = encoded(&StatsReply {
+        uptime_ms: 1,
+        operations: vec![OperationCount { opcode: 1, status: 0, count: 1 }],
+        values: vec![Value { name: "keys".to_owned(), value: 1 }],
+    })?;
     let cases: Vec<BadReply> = vec![
         (
             "opcodes-2-64-1",
@@ -732,12 +1175,12 @@ fn bad_replies(folder: &mut Folder) -> Outcome {
             with(&listed, memory_only, &[2])?,
         ),
         (
-            "state-1",
-            "Tag 1 of KeyState, reserved.",
+            "state-5",
+            "Tag 5 of KeyState.",
             Opcode::List,
             Status::Ok,
             "enumeration tag",
-            with(&listed, state, &[1])?,
+            with(&listed, state, &[5])?,
         ),
         (
             "option-2",
@@ -780,6 +1223,64 @@ fn bad_replies(folder: &mut Folder) -> Outcome {
             Vec::new(),
         ),
         ("ping-fields", "Fields where none belong.", Opcode::Ping, Status::Ok, "trailing", vec![0; 4]),
+        (
+            "rotated-truncated",
+            "The last byte is missing.",
+            Opcode::Rotate,
+            Status::Ok,
+            "truncated",
+            vec![0; 27],
+        ),
+        (
+            "exported-trailing",
+            "A byte behind the fields.",
+            Opcode::Export,
+            Status::Ok,
+            "trailing",
+            vec![0; 21],
+        ),
+        (
+            "removed-all-u32",
+            "A u32 where a u64 belongs.",
+            Opcode::RemoveAll,
+            Status::Ok,
+            "truncated",
+            vec![0; 4],
+        ),
+        ("rewrapped-2", "A bool of 02.", Opcode::Rewrap, Status::Ok, "bool", with(&[0; 21], 0, &[2])?),
+        (
+            "verified-utf-8",
+            "A name that is not UTF-8.",
+            Opcode::Verify,
+            Status::Ok,
+            "utf-8",
+            with(&verified, 24, &[0xff])?,
+        ),
+        (
+            "verified-length",
+            "A name of 2^64 - 1 bytes.",
+            Opcode::Verify,
+            Status::Ok,
+            "length",
+            with(&verified, 16, &[0xff; 8])?,
+        ),
+        (
+            "stats-2-64-1",
+            "2^64 - 1 operations.",
+            Opcode::Stats,
+            Status::Ok,
+            "length",
+            with(&stats, 8, &[0xff; 8])?,
+        ),
+        (
+            "stats-element",
+            "The last value lacks its last byte.",
+            Opcode::Stats,
+            Status::Ok,
+            "truncated",
+            without(&stats, 1)?.to_vec(),
+        ),
+        ("datakey-fields", "Fields where none belong.", Opcode::DataKey, Status::Ok, "trailing", vec![0]),
     ];
     for (name, about, opcode, status, reason, fields) in cases {
         let message = format!("reply to {}", opcode.name());
@@ -807,6 +1308,7 @@ fn main() -> Outcome {
     replies(&mut folder)?;
     bad_heads(&mut folder)?;
     bad_requests(&mut folder)?;
+    bad_batches(&mut folder)?;
     bad_replies(&mut folder)?;
     println!("{} files written", folder.written);
     Ok(())

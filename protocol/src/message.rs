@@ -62,6 +62,14 @@ opcodes! {
     Describe = 0x0012, "describe";
     /// Takes a key away.
     Remove = 0x0013, "remove";
+    /// Adds a version to a key and makes it primary.
+    Rotate = 0x0014, "rotate";
+    /// Gives a key another name.
+    Rename = 0x001B, "rename";
+    /// The bytes of a key that was added to be exportable.
+    Export = 0x001D, "export";
+    /// Takes every key away that lives in memory only.
+    RemoveAll = 0x001E, "remove-all";
     /// Seals a message.
     Encrypt = 0x0020, "encrypt";
     /// Opens a message.
@@ -80,6 +88,30 @@ opcodes! {
     RemoteStreamDecrypt = 0x0027, "remote-stream-decrypt";
     /// Ends a stream.
     RemoteStreamClose = 0x0028, "remote-stream-close";
+    /// Seals a key of the caller's.
+    Wrap = 0x0029, "wrap";
+    /// Opens a wrapped key.
+    Unwrap = 0x002A, "unwrap";
+    /// A new data key, plain and wrapped.
+    DataKey = 0x002B, "datakey";
+    /// A new data key, wrapped only.
+    DataKeyWrapped = 0x002C, "datakey-wrapped";
+    /// Moves a ciphertext to the primary version, or to another key.
+    Rewrap = 0x002D, "rewrap";
+    /// Whether a ciphertext opens, without its content.
+    Verify = 0x002E, "verify";
+    /// A keyed hash.
+    Mac = 0x002F, "mac";
+    /// Random bytes.
+    Random = 0x0030, "random";
+    /// Gives a key a number on this connection.
+    Bind = 0x0031, "bind";
+    /// Many requests in one.
+    Batch = 0x0032, "batch";
+    /// Whether a keyed hash is that of an input.
+    MacVerify = 0x0033, "mac-verify";
+    /// Counters.
+    Stats = 0x0050, "stats";
 }
 
 //= docs/protocol.md#23-encoding-of-fields
@@ -131,15 +163,15 @@ pub struct Refusal {
     pub retry_after_ms: u32,
 }
 
-//= docs/protocol.md#keyref
-//# Tag 2 is reserved for a number that is bound on the connection.
-/// Which key is meant. Tag 2 is reserved for a number bound on the connection.
+/// Which key is meant.
 #[derive(Clone, Copy, PartialEq, Eq, Encode, BorrowDecode)]
 pub enum KeyRef<'a> {
     /// By its name.
     Name(&'a str),
     /// By its id.
     Id([u8; 16]),
+    /// By the number that it was bound to on this connection.
+    Bound(u32),
 }
 
 /// The fields of every request that uses a key on data.
@@ -176,8 +208,16 @@ pub struct Constraint {
 pub mod constraint {
     /// The key is never written to disk; the value is 0.
     pub const MEMORY_ONLY: u32 = 1;
-    /// Every kind that this release takes. 2 (lifetime), 3 (confirm), 4 (max-uses) and 5 (exportable) are reserved.
-    pub const ALL: &[u32] = &[MEMORY_ONLY];
+    /// The key goes after so many seconds, suspend included.
+    pub const LIFETIME: u32 = 2;
+    /// A person is asked before each use; the value is 0.
+    pub const CONFIRM: u32 = 3;
+    /// The key can be used so many times.
+    pub const MAX_USES: u32 = 4;
+    /// The bytes of the key can be had with `export`; the value is 0.
+    pub const EXPORTABLE: u32 = 5;
+    /// Every kind that this release takes.
+    pub const ALL: &[u32] = &[MEMORY_ONLY, LIFETIME, CONFIRM, MAX_USES, EXPORTABLE];
 }
 
 /// `add`; the payload is the key when it is imported.
@@ -225,12 +265,20 @@ pub struct Listed {
 }
 
 //= docs/protocol.md#keystate
-//# What a key or a version can be used for. Tags from 1 on are reserved.
-/// What a key or a version can be used for. Tags from 1 on are reserved for the states that the keystore brings.
+//# This release sends `enabled` alone; a client MUST know the others now.
+/// What a key or a version can be used for; closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
 pub enum KeyState {
     /// Everything.
     Enabled,
+    /// A version that opens, but nothing new is done under it.
+    Staged,
+    /// Nothing, until it is enabled.
+    Disabled,
+    /// A key that waits to be restored or to go.
+    Removed,
+    /// A version of which the number is left.
+    Destroyed,
 }
 
 /// A key in a listing.
@@ -311,6 +359,176 @@ pub struct Remove<'a> {
 pub struct Removed {
     /// The id of the key that is gone.
     pub id: [u8; 16],
+}
+
+/// `rotate`.
+#[derive(Clone, Copy, PartialEq, Eq, Encode, BorrowDecode)]
+pub struct Rotate<'a> {
+    /// Random; a repeat of it is answered with the first result.
+    pub token: [u8; TOKEN_LEN],
+    /// The key.
+    pub key: KeyRef<'a>,
+}
+
+/// The reply to `rotate`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Rotated {
+    /// The id of the key.
+    pub id: [u8; 16],
+    /// The version that is primary now.
+    pub version: u32,
+    /// Its check value.
+    pub check_value: [u8; 8],
+}
+
+/// `rename`.
+#[derive(Clone, Copy, PartialEq, Eq, Encode, BorrowDecode)]
+pub struct Rename<'a> {
+    /// Random; a repeat of it is answered with the first result.
+    pub token: [u8; TOKEN_LEN],
+    /// The key.
+    pub key: KeyRef<'a>,
+    /// The name that it gets.
+    pub name: &'a str,
+}
+
+/// The reply to `rename`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Renamed {
+    /// The id of the key, which stays.
+    pub id: [u8; 16],
+}
+
+/// `remove-all`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct RemoveAll {
+    /// Random; a repeat of it is answered with the first result.
+    pub token: [u8; TOKEN_LEN],
+}
+
+/// The reply to `remove-all`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct RemovedAll {
+    /// Number of keys that are gone.
+    pub keys: u64,
+}
+
+/// `export`; the payload is the passphrase of the last lock, where there was one.
+#[derive(Clone, Copy, PartialEq, Eq, Encode, BorrowDecode)]
+pub struct Export<'a> {
+    /// The key.
+    pub key: KeyRef<'a>,
+    /// The version, 0 for the primary one.
+    pub version: u32,
+}
+
+/// The reply to `export`; the payload is the key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Exported {
+    /// The id of the key.
+    pub id: [u8; 16],
+    /// The version that the payload is.
+    pub version: u32,
+}
+
+/// `datakey` and `datakey-wrapped`.
+#[derive(Clone, Copy, PartialEq, Eq, Encode, BorrowDecode)]
+pub struct NewDataKey<'a> {
+    /// The key that wraps it.
+    pub key: KeyRef<'a>,
+    /// The canonical bytes of the encryption context (`docs/formats.md`).
+    pub context: &'a [u8],
+    /// Length of the data key, in bytes.
+    pub length: u32,
+}
+
+/// `rewrap`; the payload is a ciphertext, or the first 132 bytes of a stream.
+#[derive(Clone, Copy, PartialEq, Eq, Encode, BorrowDecode)]
+pub struct Rewrap<'a> {
+    /// The key that the ciphertext is under.
+    pub key: KeyRef<'a>,
+    /// The canonical bytes of the encryption context (`docs/formats.md`); of a stream none.
+    pub context: &'a [u8],
+    /// The key that it is to be under; nothing for the same one.
+    pub to: Option<KeyRef<'a>>,
+}
+
+/// The reply to `rewrap`; the payload is what takes the place of the request's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Rewrapped {
+    /// False when the ciphertext was under that version already; there is no payload then.
+    pub changed: bool,
+    /// The id of the key that it is under.
+    pub id: [u8; 16],
+    /// The version of the key that it is under.
+    pub version: u32,
+}
+
+/// The reply to `verify`: what the ciphertext is under.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Verified {
+    /// The id of the key.
+    pub id: [u8; 16],
+    /// Its name.
+    pub name: String,
+    /// The version that opens the ciphertext.
+    pub version: u32,
+    /// The version that is primary now.
+    pub primary: u32,
+}
+
+/// `random`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Random {
+    /// Number of bytes.
+    pub length: u32,
+}
+
+/// `bind`.
+#[derive(Clone, Copy, PartialEq, Eq, Encode, BorrowDecode)]
+pub struct Bind<'a> {
+    /// The number that stands for the key on this connection.
+    pub number: u32,
+    /// The key.
+    pub key: KeyRef<'a>,
+}
+
+/// The reply to `bind`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Bound {
+    /// The id of the key.
+    pub id: [u8; 16],
+}
+
+/// The reply to `stats`. Counts are since the start.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct StatsReply {
+    /// Milliseconds since the start, suspend included.
+    pub uptime_ms: u64,
+    /// One row for each pair of operation and status that came about.
+    pub operations: Vec<OperationCount>,
+    /// Named counters and gauges.
+    pub values: Vec<Value>,
+}
+
+/// How often an operation ended with a status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct OperationCount {
+    /// The opcode; 0 for frames without one that the agent has.
+    pub opcode: u16,
+    /// The status.
+    pub status: u16,
+    /// How often.
+    pub count: u64,
+}
+
+/// A named number.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Value {
+    /// Its name.
+    pub name: String,
+    /// The number.
+    pub value: u64,
 }
 
 /// The replies to `lock` and `unlock`.
@@ -444,9 +662,120 @@ pub enum Request<'a> {
     },
     /// See [`Opcode::RemoteStreamClose`].
     RemoteStreamClose(RemoteStream),
+    /// See [`Opcode::Rotate`].
+    Rotate(Rotate<'a>),
+    /// See [`Opcode::Rename`].
+    Rename(Rename<'a>),
+    /// See [`Opcode::RemoveAll`].
+    RemoveAll(RemoveAll),
+    /// See [`Opcode::Export`].
+    Export {
+        /// Key and version.
+        fields: Export<'a>,
+        /// The passphrase of the last lock, or nothing.
+        passphrase: &'a [u8],
+    },
+    /// See [`Opcode::Wrap`].
+    Wrap {
+        /// Key and context.
+        fields: KeyAndContext<'a>,
+        /// The key to seal.
+        plaintext: &'a [u8],
+    },
+    /// See [`Opcode::Unwrap`].
+    Unwrap {
+        /// Key and context.
+        fields: KeyAndContext<'a>,
+        /// The wrapped key.
+        ciphertext: &'a [u8],
+    },
+    /// See [`Opcode::DataKey`].
+    DataKey(NewDataKey<'a>),
+    /// See [`Opcode::DataKeyWrapped`].
+    DataKeyWrapped(NewDataKey<'a>),
+    /// See [`Opcode::Rewrap`].
+    Rewrap {
+        /// From what key to which, and the context.
+        fields: Rewrap<'a>,
+        /// A ciphertext, or the first 132 bytes of a stream.
+        ciphertext: &'a [u8],
+    },
+    /// See [`Opcode::Verify`].
+    Verify {
+        /// Key and context.
+        fields: KeyAndContext<'a>,
+        /// A ciphertext, or the head of a stream.
+        ciphertext: &'a [u8],
+    },
+    /// See [`Opcode::Mac`].
+    Mac {
+        /// Key and context.
+        fields: KeyAndContext<'a>,
+        /// SHA-512 of the input.
+        digest: &'a [u8],
+    },
+    /// See [`Opcode::MacVerify`].
+    MacVerify {
+        /// Key and context.
+        fields: KeyAndContext<'a>,
+        /// The tag, and behind it SHA-512 of the input.
+        tag_and_digest: &'a [u8],
+    },
+    /// See [`Opcode::Random`].
+    Random(Random),
+    /// See [`Opcode::Bind`].
+    Bind(Bind<'a>),
+    /// See [`Opcode::Batch`].
+    Batch {
+        /// Whole frames, one after the other.
+        frames: &'a [u8],
+    },
+    /// See [`Opcode::Stats`].
+    Stats,
 }
 
 impl<'a> Request<'a> {
+    /// What it asks for.
+    #[must_use]
+    pub fn opcode(&self) -> Opcode {
+        match self {
+            Self::Hello(_) => Opcode::Hello,
+            Self::Ping => Opcode::Ping,
+            Self::Status => Opcode::Status,
+            Self::Lock { .. } => Opcode::Lock,
+            Self::Unlock { .. } => Opcode::Unlock,
+            Self::Add { .. } => Opcode::Add,
+            Self::List(_) => Opcode::List,
+            Self::Describe(_) => Opcode::Describe,
+            Self::Remove(_) => Opcode::Remove,
+            Self::Rotate(_) => Opcode::Rotate,
+            Self::Rename(_) => Opcode::Rename,
+            Self::Export { .. } => Opcode::Export,
+            Self::RemoveAll(_) => Opcode::RemoveAll,
+            Self::Encrypt { .. } => Opcode::Encrypt,
+            Self::Decrypt { .. } => Opcode::Decrypt,
+            Self::StreamNew(_) => Opcode::StreamNew,
+            Self::StreamOpen { .. } => Opcode::StreamOpen,
+            Self::RemoteStreamNew(_) => Opcode::RemoteStreamNew,
+            Self::RemoteStreamOpen { .. } => Opcode::RemoteStreamOpen,
+            Self::RemoteStreamEncrypt { .. } => Opcode::RemoteStreamEncrypt,
+            Self::RemoteStreamDecrypt { .. } => Opcode::RemoteStreamDecrypt,
+            Self::RemoteStreamClose(_) => Opcode::RemoteStreamClose,
+            Self::Wrap { .. } => Opcode::Wrap,
+            Self::Unwrap { .. } => Opcode::Unwrap,
+            Self::DataKey(_) => Opcode::DataKey,
+            Self::DataKeyWrapped(_) => Opcode::DataKeyWrapped,
+            Self::Rewrap { .. } => Opcode::Rewrap,
+            Self::Verify { .. } => Opcode::Verify,
+            Self::Mac { .. } => Opcode::Mac,
+            Self::MacVerify { .. } => Opcode::MacVerify,
+            Self::Random(_) => Opcode::Random,
+            Self::Bind(_) => Opcode::Bind,
+            Self::Batch { .. } => Opcode::Batch,
+            Self::Stats => Opcode::Stats,
+        }
+    }
+
     /// Decodes the request in `frame`, whose opcode is known. Nothing may be left over: a request that has no payload is
     /// refused with one.
     ///
@@ -455,7 +784,8 @@ impl<'a> Request<'a> {
     pub fn decode(opcode: Opcode, frame: &Frame<'a>) -> Result<Self, Malformed> {
         let Frame { fields, payload, .. } = *frame;
         //= docs/protocol.md#22-limits-and-what-ends-a-connection
-        //# fields that do not decode (section 2.3), or a payload with an opcode that has none
+        //# fields that do not decode (section 2.3), or a payload with an opcode whose row in
+        //# section 4 has none
         let bare = |payload: &[u8]| if payload.is_empty() { Ok(()) } else { Err(Malformed) };
         let no_fields = || decode_fields::<NoFields>(fields).map(|NoFields {}| ());
         match opcode {
@@ -492,6 +822,34 @@ impl<'a> Request<'a> {
             Opcode::RemoteStreamClose => {
                 bare(payload).and_then(|()| decode_fields(fields)).map(Self::RemoteStreamClose)
             }
+            Opcode::Rotate => bare(payload).and_then(|()| decode_fields(fields)).map(Self::Rotate),
+            Opcode::Rename => bare(payload).and_then(|()| decode_fields(fields)).map(Self::Rename),
+            Opcode::RemoveAll => bare(payload).and_then(|()| decode_fields(fields)).map(Self::RemoveAll),
+            Opcode::Export => {
+                decode_fields(fields).map(|fields| Self::Export { fields, passphrase: payload })
+            }
+            Opcode::Wrap => decode_fields(fields).map(|fields| Self::Wrap { fields, plaintext: payload }),
+            Opcode::Unwrap => {
+                decode_fields(fields).map(|fields| Self::Unwrap { fields, ciphertext: payload })
+            }
+            Opcode::DataKey => bare(payload).and_then(|()| decode_fields(fields)).map(Self::DataKey),
+            Opcode::DataKeyWrapped => {
+                bare(payload).and_then(|()| decode_fields(fields)).map(Self::DataKeyWrapped)
+            }
+            Opcode::Rewrap => {
+                decode_fields(fields).map(|fields| Self::Rewrap { fields, ciphertext: payload })
+            }
+            Opcode::Verify => {
+                decode_fields(fields).map(|fields| Self::Verify { fields, ciphertext: payload })
+            }
+            Opcode::Mac => decode_fields(fields).map(|fields| Self::Mac { fields, digest: payload }),
+            Opcode::MacVerify => {
+                decode_fields(fields).map(|fields| Self::MacVerify { fields, tag_and_digest: payload })
+            }
+            Opcode::Random => bare(payload).and_then(|()| decode_fields(fields)).map(Self::Random),
+            Opcode::Bind => bare(payload).and_then(|()| decode_fields(fields)).map(Self::Bind),
+            Opcode::Batch => no_fields().map(|()| Self::Batch { frames: payload }),
+            Opcode::Stats => bare(payload).and_then(|()| no_fields()).map(|()| Self::Stats),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Types that cannot hold a bad value: names of keys, statuses of replies.
 
-use std::fmt;
+use std::{fmt, time::Duration};
 
 use thiserror::Error;
 
@@ -64,6 +64,34 @@ pub enum NameError {
     #[error("a key name is made of the characters A-Z a-z 0-9 . _ / -")]
     Character,
 }
+
+/// Reads a lifetime as people write it: a number of seconds, or one with `s`, `m`, `h`, `d` or `w` behind it.
+///
+/// # Errors
+/// [`LifetimeError`] for anything else, for 0, and for more seconds than a number holds.
+pub fn parse_lifetime(text: &str) -> Result<Duration, LifetimeError> {
+    let (digits, unit) = match text.as_bytes() {
+        [.., b's'] => (text.strip_suffix('s'), 1),
+        [.., b'm'] => (text.strip_suffix('m'), 60),
+        [.., b'h'] => (text.strip_suffix('h'), 3600),
+        [.., b'd'] => (text.strip_suffix('d'), 86_400),
+        [.., b'w'] => (text.strip_suffix('w'), 604_800),
+        _ => (Some(text), 1),
+    };
+    digits
+        // `parse` alone would take a sign.
+        .filter(|digits| digits.bytes().all(|b| b.is_ascii_digit()))
+        .and_then(|digits| digits.parse::<u64>().ok())
+        .and_then(|number| number.checked_mul(unit))
+        .filter(|seconds| *seconds > 0)
+        .map(Duration::from_secs)
+        .ok_or(LifetimeError)
+}
+
+/// A text is not a lifetime.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[error("a duration is a number of seconds, or a number with s, m, h, d or w behind it, and not 0")]
+pub struct LifetimeError;
 
 macro_rules! statuses {
     ($($(#[$doc:meta])* $variant:ident = $code:literal, $name:literal, $exit:literal;)*) => {
@@ -133,7 +161,7 @@ statuses! {
     InvalidCiphertext = 10, "invalid-ciphertext", 1;
     /// A count that the configuration limits is reached.
     Limit = 11, "limit", 1;
-    /// A person was asked and said no.
+    /// A person's yes is needed, and there was none.
     Declined = 12, "declined", 1;
     /// Try again after the time that the reply names.
     Busy = 13, "busy", 75;
@@ -167,6 +195,32 @@ mod tests {
             ("a*", NameError::Character),
         ] {
             assert_eq!(KeyName::parse(bad), Err(why));
+        }
+    }
+
+    #[test]
+    fn lifetimes_are_numbers_with_a_unit() {
+        for (text, seconds) in
+            [("90", 90), ("30s", 30), ("15m", 900), ("8h", 28_800), ("7d", 604_800), ("2w", 1_209_600)]
+        {
+            assert_eq!(parse_lifetime(text), Ok(Duration::from_secs(seconds)));
+        }
+        for bad in [
+            "",
+            "s",
+            "0",
+            "0h",
+            "-1",
+            "+1",
+            "1.5h",
+            "1h30m",
+            " 1",
+            "1 h",
+            "1y",
+            "30500568904944w",
+            "18446744073709551616",
+        ] {
+            assert_eq!(parse_lifetime(bad), Err(LifetimeError), "{bad}");
         }
     }
 

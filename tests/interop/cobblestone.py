@@ -27,9 +27,9 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 HEADER = struct.Struct(">3sBBBH16sI")
 MAGIC, FORMAT, SUITE = b"\x92\x6b\x1c", 1, 1
-MESSAGE, WRAPPED_KEY, STREAM, SHARED = 1, 2, 3, 4
+MESSAGE, WRAPPED_KEY, STREAM, SHARED, INPUT_TAG = 1, 2, 3, 4, 5
 MESSAGE_MAX, CHUNK, TAG = 65536, 16384, 16
-REWRAP_LEN, HEAD_LEN = 132, 188
+REWRAP_LEN, HEAD_LEN, INPUT_TAG_LEN = 132, 188, 60
 CONTEXT_PAIRS_MAX, CONTEXT_LEN_MAX = 64, 8192
 PIECE = 1 << 20
 
@@ -63,7 +63,7 @@ def parse_header(data, purposes):
         raise refuse("unsupported: format")
     if suite != SUITE:
         raise refuse("unsupported: suite")
-    if purpose not in (MESSAGE, WRAPPED_KEY, STREAM, SHARED):
+    if purpose not in (MESSAGE, WRAPPED_KEY, STREAM, SHARED, INPUT_TAG):
         raise refuse("unsupported: purpose")
     if flags != 0:
         raise refuse("unsupported: flags")
@@ -230,8 +230,26 @@ def seal_with_salt(key, context, salt, plaintext):
     return out
 
 
+def make_tag(kek, header, context, digest):
+    return header + expand(kek, b"kms-agent/v1/mac\0" + header + context + digest, 32)
+
+
+def check_tag(kek, tag, context, digest):
+    parse_header(tag, [INPUT_TAG])
+    if len(tag) != INPUT_TAG_LEN:
+        raise invalid()
+    if not hmac.compare_digest(make_tag(kek, tag[: HEADER.size], context, digest), tag):
+        raise invalid()
+
+
 class Vector:
-    PURPOSES = {"open-message": MESSAGE, "open-wrapped-key": WRAPPED_KEY, "open-stream": STREAM, "rewrap": STREAM}
+    PURPOSES = {
+        "open-message": MESSAGE,
+        "open-wrapped-key": WRAPPED_KEY,
+        "open-stream": STREAM,
+        "rewrap": STREAM,
+        "check-tag": INPUT_TAG,
+    }
 
     def __init__(self, text):
         self.fields = {}
@@ -264,10 +282,16 @@ class Vector:
             return bytes.fromhex(byte) * int(count)
         return self.hex("plaintext")
 
+    def digest(self):
+        return hashlib.sha512(self.plaintext()).digest()
+
     def seal(self):
         purpose = self.PURPOSES[self.get("operation")]
         header = make_header(purpose, self.hex("key_id"), int(self.get("version")))
-        kek, context, plaintext = self.hex("kek"), self.context(), self.plaintext()
+        kek, context = self.hex("kek"), self.context()
+        if purpose == INPUT_TAG:
+            return make_tag(kek, header, context, self.digest())
+        plaintext = self.plaintext()
         if purpose == STREAM:
             dek = self.hex("dek")
             head = header + seal_with_salt(kek, dek_context(header), self.hex("dek_salt"), dek)
@@ -323,6 +347,10 @@ class Vector:
             header = make_header(STREAM, self.hex("key_id"), int(self.get("new_version")))
             wrapped = seal_with_salt(self.hex("new_kek"), dek_context(header), self.hex("new_dek_salt"), dek)
             return header + wrapped + data[REWRAP_LEN:] == self.hex("result")
+        if purpose == INPUT_TAG:
+            check_tag(kek, data, context, self.digest())
+            named = parse_header(data, [purpose]) == (purpose, self.hex("key_id"), int(self.get("version")))
+            return named and self.seal() == data
         if purpose == STREAM:
             parse_header(data, [STREAM])
             opened = b"".join(open_stream_pieces(kek, data[:HEAD_LEN], [data[HEAD_LEN:]], context))

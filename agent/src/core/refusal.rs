@@ -12,6 +12,9 @@ use crate::{
     reply::{Replies, ReplyError},
 };
 
+/// When to ask again where locked memory was short: other replies give theirs back as soon as they are sent.
+pub(super) const AGAIN: Duration = Duration::from_millis(100);
+
 /// Why a request is refused.
 pub(super) struct Refused {
     pub(super) status: Status,
@@ -37,8 +40,9 @@ impl From<KeyringError> for Refused {
             KeyringError::Locked => Status::Locked.into(),
             KeyringError::NotFound => Status::NotFound.into(),
             KeyringError::Exists => Status::Exists.into(),
-            KeyringError::Full => Status::Limit.into(),
-            KeyringError::WrongPassphrase => Status::Denied.into(),
+            KeyringError::Full | KeyringError::UsedUp => Status::Limit.into(),
+            KeyringError::Unconfirmed => Status::Declined.into(),
+            KeyringError::NotExportable | KeyringError::WrongPassphrase => Status::Denied.into(),
             KeyringError::Crypto(error) => error.into(),
         }
     }
@@ -60,10 +64,9 @@ impl From<RandomUnavailable> for Refused {
 impl From<ReplyError> for Refused {
     fn from(error: ReplyError) -> Self {
         match error {
-            // Other replies give their memory back as soon as they are sent.
             ReplyError::Memory(error) => {
                 tracing::warn!(%error, "no locked memory for a reply");
-                Self::busy(Duration::from_millis(100))
+                Self::busy(AGAIN)
             }
             ReplyError::Frame(_) => Status::TooLarge.into(),
         }

@@ -6,19 +6,20 @@ use std::{
     os::unix::net::{UnixListener, UnixStream},
     path::PathBuf,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
     thread,
 };
 
 use kms_envelope::{
-    Body, CHUNK_LEN, ContextRef, ExpandKey, Header, KeyId, KeyVersion, MessageKey, Purpose, SEALED_CHUNK_LEN,
-    STREAM_HEAD_LEN, TAG_LEN, new_stream, open_stream,
+    Body, CHUNK_LEN, ContextRef, ExpandKey, HEADER_LEN, Header, KeyId, KeyVersion, MessageKey, Purpose,
+    SEALED_CHUNK_LEN, STREAM_HEAD_LEN, TAG_LEN, new_stream, open_stream,
 };
 use kms_protocol::{
-    Added, Description, FRAME_MAX, Fact, Frame, KeyRow, KeyState, Listed, LockState, Locking, NoFields,
-    Opcode, Refusal, RemoteStream, Removed, Request, Status, StatusReply, VersionRow, Welcome, push_frame,
+    Added, Bound, Description, Exported, FRAME_MAX, Fact, Frame, KeyRow, KeyState, Listed, LockState,
+    Locking, NoFields, Opcode, OperationCount, Refusal, RemoteStream, Removed, RemovedAll, Renamed, Request,
+    Rewrapped, Rotated, StatsReply, Status, StatusReply, Value, Verified, VersionRow, Welcome, push_frame,
 };
 use tempfile::TempDir;
 
@@ -37,6 +38,8 @@ pub(super) struct Fake {
     pub(super) socket: PathBuf,
     /// Requests that arrived.
     pub(super) requests: Arc<AtomicUsize>,
+    /// The frames of all of them, hellos apart.
+    pub(super) frames: Arc<Mutex<Vec<Vec<u8>>>>,
     _dir: TempDir,
 }
 
@@ -52,14 +55,16 @@ impl Fake {
         let hook: Arc<Hook> = Arc::new(hook);
         let requests = Arc::new(AtomicUsize::new(0));
         let counter = Arc::clone(&requests);
+        let frames = Arc::new(Mutex::new(Vec::new()));
+        let log = Arc::clone(&frames);
         // Ends with the test process; a connection ends with its client.
         thread::spawn(move || {
             for connection in listener.incoming() {
-                let (hook, counter) = (Arc::clone(&hook), Arc::clone(&counter));
-                thread::spawn(move || serve(connection.unwrap(), &*hook, &counter));
+                let (hook, counter, log) = (Arc::clone(&hook), Arc::clone(&counter), Arc::clone(&log));
+                thread::spawn(move || serve(connection.unwrap(), &*hook, &counter, &log));
             }
         });
-        Self { socket, requests, _dir: dir }
+        Self { socket, requests, frames, _dir: dir }
     }
 }
 
@@ -70,7 +75,7 @@ pub(super) fn stream(context: ContextRef<'_>) -> ([u8; STREAM_HEAD_LEN], Message
     new_stream(&ExpandKey::new(&KEY), &header, context, &[2; 32], &[3; 24], &[4; 24]).unwrap()
 }
 
-fn serve(mut socket: UnixStream, hook: &Hook, requests: &AtomicUsize) {
+fn serve(mut socket: UnixStream, hook: &Hook, requests: &AtomicUsize, log: &Mutex<Vec<Vec<u8>>>) {
     let mut bytes = Vec::new();
     let mut piece = vec![0; 1 << 16];
     let mut streams = HashMap::new();
@@ -81,7 +86,10 @@ fn serve(mut socket: UnixStream, hook: &Hook, requests: &AtomicUsize) {
             let reply =
                 answer(&Request::decode(opcode, &frame).unwrap(), frame.head.request_id, &mut streams);
             let len = frame.frame_len();
-            bytes.drain(..len);
+            let frame: Vec<u8> = bytes.drain(..len).collect();
+            if opcode != Opcode::Hello {
+                log.lock().unwrap().push(frame);
+            }
             let (reply, close) = match hook(opcode, reply) {
                 Fate::Send(reply) => (reply, false),
                 Fate::SendAndClose(reply) => (reply, true),
@@ -175,14 +183,11 @@ fn answer(request: &Request<'_>, id: u32, streams: &mut HashMap<u32, (Body, u64)
         }
         Request::Remove(_) => ok!(&Removed { id: ID }, &[]),
         Request::Encrypt { plaintext, .. } => {
-            // Of the right length, which is all that the client can know.
-            let mut sealed = plaintext.to_vec();
-            sealed.resize(kms_envelope::message_len(plaintext.len()), 0);
-            ok!(&NoFields {}, &sealed);
+            ok!(&NoFields {}, &sealed(Purpose::Message, plaintext));
         }
         Request::Decrypt { ciphertext, .. } => {
             let len = kms_envelope::message_plaintext_len(ciphertext.len()).unwrap();
-            ok!(&NoFields {}, &ciphertext[..len]);
+            ok!(&NoFields {}, &ciphertext[HEADER_LEN..][..len]);
         }
         Request::StreamNew(fields) => {
             let (head, key) = stream(ContextRef::parse(fields.context).unwrap());
@@ -246,8 +251,73 @@ fn answer(request: &Request<'_>, id: u32, streams: &mut HashMap<u32, (Body, u64)
             }
         }
         Request::RemoteStreamClose(_) => ok!(&NoFields {}, &[]),
+        Request::Rotate(_) => ok!(&Rotated { id: ID, version: 2, check_value: [6; 8] }, &[]),
+        Request::Rename(rename) if rename.name == "taken" => refuse!(Status::Exists),
+        Request::Rename(_) => ok!(&Renamed { id: ID }, &[]),
+        Request::RemoveAll(_) => ok!(&RemovedAll { keys: 5 }, &[]),
+        Request::Export { fields, .. } => ok!(&Exported { id: ID, version: fields.version.max(1) }, &KEY),
+        Request::Wrap { plaintext, .. } => ok!(&NoFields {}, &sealed(Purpose::WrappedKey, plaintext)),
+        Request::Unwrap { ciphertext, .. } => {
+            let len = kms_envelope::message_plaintext_len(ciphertext.len()).unwrap();
+            ok!(&NoFields {}, &ciphertext[HEADER_LEN..][..len]);
+        }
+        Request::DataKey(fields) => {
+            let plain = vec![9; fields.length as usize];
+            ok!(&NoFields {}, &[&plain[..], &sealed(Purpose::WrappedKey, &plain)].concat());
+        }
+        Request::DataKeyWrapped(fields) => {
+            ok!(&NoFields {}, &sealed(Purpose::WrappedKey, &vec![9; fields.length as usize]));
+        }
+        Request::Rewrap { ciphertext, .. } => {
+            // Everything goes to version 2.
+            let mut header = Header::parse(ciphertext).unwrap();
+            let changed = header.key_version.value() != 2;
+            header.key_version = KeyVersion::new(2).unwrap();
+            let moved = [&header.to_bytes()[..], &ciphertext[HEADER_LEN..]].concat();
+            ok!(&Rewrapped { changed, id: ID, version: 2 }, if changed { &moved } else { &[] });
+        }
+        Request::Verify { ciphertext, .. } => {
+            let version = Header::parse(ciphertext).unwrap().key_version.value();
+            ok!(&Verified { id: ID, name: "key".into(), version, primary: 2 }, &[]);
+        }
+        Request::Mac { .. } => ok!(&NoFields {}, &tag()),
+        Request::MacVerify { tag_and_digest, .. } if tag_and_digest[..60] == tag() => ok!(&NoFields {}, &[]),
+        Request::MacVerify { .. } => refuse!(Status::InvalidCiphertext),
+        Request::Random(random) => ok!(&NoFields {}, &vec![3; random.length as usize]),
+        Request::Bind(_) => ok!(&Bound { id: ID }, &[]),
+        Request::Batch { frames } => {
+            let mut replies = Vec::new();
+            let mut rest = *frames;
+            while let Some(item) = Frame::parse(rest, FRAME_MAX).unwrap() {
+                let opcode = Opcode::from_code(item.head.code).unwrap();
+                let request = Request::decode(opcode, &item).unwrap();
+                replies.extend(answer(&request, item.head.request_id, streams));
+                rest = &rest[item.frame_len()..];
+            }
+            ok!(&NoFields {}, &replies);
+        }
+        Request::Stats => ok!(
+            &StatsReply {
+                uptime_ms: 7,
+                operations: vec![OperationCount { opcode: 2, status: 0, count: 1 }],
+                values: vec![Value { name: "keys".into(), value: 1 }],
+            },
+            &[]
+        ),
     }
     out
+}
+
+/// Of the right form, which is all that the client can know: what it holds stands in the clear.
+fn sealed(purpose: Purpose, plaintext: &[u8]) -> Vec<u8> {
+    let header = Header { purpose, key_id: KeyId::from_bytes(ID), key_version: KeyVersion::FIRST };
+    let mut sealed = [&header.to_bytes()[..], plaintext].concat();
+    sealed.resize(kms_envelope::message_len(plaintext.len()), 0);
+    sealed
+}
+
+fn tag() -> Vec<u8> {
+    sealed(Purpose::Tag, &[])[..60].to_vec()
 }
 
 fn open(context: &[u8], head: &[u8]) -> Option<MessageKey> {

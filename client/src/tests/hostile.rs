@@ -24,7 +24,7 @@ use crate::{Client, Error, KeyName, NewKey, Options, ReplyError, SecretVec};
 const KEY: KeyRef<'_> = KeyRef::Name("key");
 
 fn new_key(name: &str) -> NewKey<'_> {
-    NewKey { name, import: None, memory_only: true, if_missing: false }
+    NewKey { memory_only: true, ..NewKey::new(name) }
 }
 
 fn passphrase(bytes: &[u8]) -> SecretVec {
@@ -51,6 +51,34 @@ fn every_operation_brings_its_reply() {
     assert_eq!(client.remove(KeyRef::Id(ID)).unwrap().id, ID);
     let sealed = client.encrypt(KEY, ContextRef::EMPTY, b"text").unwrap();
     assert_eq!(client.decrypt(KEY, ContextRef::EMPTY, &sealed).unwrap().expose_secret(), b"text");
+    assert_eq!(client.rotate(KEY).unwrap().version, 2);
+    assert_eq!(client.rename(KEY, "other").unwrap().id, ID);
+    assert_eq!(client.rename(KEY, "taken").unwrap_err().status(), Some(Status::Exists));
+    assert_eq!(client.remove_all().unwrap().keys, 5);
+    let (exported, bytes) = client.export(KEY, Some(3), None).unwrap();
+    assert_eq!((exported.version, bytes.expose_secret()), (3, &[1; 32]));
+    let wrapped = client.wrap(KEY, ContextRef::EMPTY, b"a key").unwrap();
+    assert_eq!(client.unwrap(KEY, ContextRef::EMPTY, &wrapped).unwrap().expose_secret(), b"a key");
+    for length in [1, 32, 1024] {
+        let both = client.data_key(KEY, ContextRef::EMPTY, length).unwrap();
+        assert_eq!(both.plaintext.len(), length as usize);
+        let opened = client.unwrap(KEY, ContextRef::EMPTY, &both.wrapped).unwrap();
+        assert_eq!(opened.expose_secret(), both.plaintext.expose_secret());
+        assert_eq!(client.data_key_wrapped(KEY, ContextRef::EMPTY, length).unwrap(), both.wrapped);
+    }
+    let moved = client.rewrap(KEY, ContextRef::EMPTY, &sealed, None).unwrap();
+    let replacement = moved.replacement.unwrap();
+    assert_eq!((moved.version, replacement.len()), (2, sealed.len()));
+    assert!(client.rewrap(KEY, ContextRef::EMPTY, &replacement, None).unwrap().replacement.is_none());
+    assert_eq!(client.verify(KEY, ContextRef::EMPTY, &replacement).unwrap().version, 2);
+    let mut tag = client.mac(KEY, ContextRef::EMPTY, &[0; 64]).unwrap();
+    client.mac_verify(KEY, ContextRef::EMPTY, &tag, &[0; 64]).unwrap();
+    tag[0] ^= 1;
+    let refused = client.mac_verify(KEY, ContextRef::EMPTY, &tag, &[0; 64]).unwrap_err();
+    assert_eq!(refused.status(), Some(Status::InvalidCiphertext));
+    assert_eq!(client.random(65536).unwrap().len(), 65536);
+    assert_eq!(client.bind(7, KEY).unwrap().id, ID);
+    assert_eq!(client.stats().unwrap().uptime_ms, 7);
     assert!(client.lock(&passphrase(b"x")).unwrap());
     assert!(client.unlock(&passphrase(b"x")).unwrap());
 }
@@ -264,7 +292,7 @@ fn an_agent_that_does_not_answer_is_given_up_even_if_it_dribbles() {
     let listener = UnixListener::bind(&socket).unwrap();
     let timeout = Duration::from_millis(200);
     let connect = || {
-        Client::connect(&Options { socket: Some(socket.clone()), server_uid: None, timeout })
+        Client::connect(&Options { socket: Some(socket.clone()), timeout, ..Options::default() })
             .map(drop)
             .unwrap_err()
     };

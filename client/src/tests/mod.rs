@@ -1,14 +1,21 @@
 //! The library against an agent in the same process, which answers as it should or as it should not.
 
+#[cfg(feature = "async")]
+mod asynchronous;
 mod fake;
 mod hostile;
+mod many;
+mod retry;
+mod shapes;
 mod streams;
+
+use std::time::Duration;
 
 use crate::Options;
 
-/// The options that reach a fake agent.
+/// The options that reach a fake agent, once.
 fn options(fake: &fake::Fake) -> Options {
-    Options { socket: Some(fake.socket.clone()), ..Options::default() }
+    Options { socket: Some(fake.socket.clone()), retry: Duration::ZERO, ..Options::default() }
 }
 
 /// Numbers without a pattern, the same in every run.

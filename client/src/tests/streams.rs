@@ -487,8 +487,10 @@ fn a_head_says_what_follows() {
     assert!(matches!(kind(b"plain text that is long enough"), Err(Error::NotACiphertext(_))));
     head[5] = 1;
     assert!(matches!(kind(&head), Ok(Head::Message(_))));
-    head[5] = 2;
-    assert!(matches!(kind(&head), Err(Error::NotData)));
+    for not_data in [2, 5] {
+        head[5] = not_data;
+        assert!(matches!(kind(&head), Err(Error::NotData)));
+    }
     head[5] = 4;
     assert!(matches!(kind(&head), Err(Error::NotACiphertext(HeaderError::Purpose(4)))));
     let mut input = Input::from_reader(&head[..]);

@@ -70,6 +70,10 @@ fn stream() -> Fields {
     set(fields, "plaintext", hex(TEXT))
 }
 
+fn tag() -> Fields {
+    set(common("check-tag"), "plaintext", hex(TEXT))
+}
+
 fn long(fields: Fields, len: usize) -> Fields {
     set(without(fields, &["plaintext"]), "plaintext_repeat", format!("77 {len}"))
 }
@@ -109,7 +113,12 @@ impl Vectors {
     ) {
         let mut ciphertext = sealed(fields);
         change(&mut ciphertext);
-        let fields = without(fields.clone(), &["salt", "dek", "dek_salt", "body_salt", "plaintext"]);
+        let mut made_with = vec!["salt", "dek", "dek_salt", "body_salt"];
+        // A tag is checked against its input.
+        if !fields.contains(&("operation", "check-tag".to_owned())) {
+            made_with.push("plaintext");
+        }
+        let fields = without(fields.clone(), &made_with);
         let fields = expecting(fields, expect, why);
         self.push(name, add(fields, "ciphertext", hex(&ciphertext)));
     }
@@ -161,7 +170,7 @@ fn headers(v: &mut Vectors) {
         ("suite-0", "unsupported: suite", 4, 0),
         ("suite-2", "unsupported: suite", 4, 2),
         ("purpose-0", "unsupported: purpose", 5, 0),
-        ("purpose-5", "unsupported: purpose", 5, 5),
+        ("purpose-6", "unsupported: purpose", 5, 6),
         ("purpose-255", "unsupported: purpose", 5, 255),
         ("flags-high", "unsupported: flags", 6, 0x80),
         ("flags-low", "unsupported: flags", 7, 1),
@@ -409,6 +418,62 @@ fn rewraps(v: &mut Vectors) {
     );
 }
 
+fn tags(v: &mut Vectors) {
+    let t = tag();
+    v.success("tag-success", t.clone());
+    v.success("tag-no-context", without(t.clone(), &["context"]));
+    v.success("tag-of-nothing", set(t.clone(), "plaintext", ""));
+    for len in [28usize, 59] {
+        v.failure(&format!("tag-cut-to-{len}"), &t, INVALID, "truncated", |c| c.truncate(len));
+    }
+    v.failure("tag-cut-to-27", &t, "malformed: header length", "", |c| c.truncate(27));
+    v.failure("tag-byte-appended", &t, INVALID, "trailing byte", |c| c.push(0));
+    for (name, offset) in [("first", 28), ("last", 59)] {
+        v.failure(&format!("tag-flipped-{name}"), &t, INVALID, "one bit changed", |c| c[offset] ^= 1);
+    }
+    v.failure("tag-zero", &t, INVALID, "all of it zero", |c| c[28..].fill(0));
+    v.failure("tag-key-id-changed", &t, INVALID, "header changed: key id", |c| c[8] ^= 1);
+    v.failure("tag-version-changed", &t, INVALID, "header changed: key version", |c| c[27] ^= 1);
+    v.failure("tag-version-0", &t, "malformed: key version", "", |c| c[24..28].fill(0));
+    contexts_and_keys(v, &t, "tag");
+    for (name, input) in [("another-input", &b"attack at dusk"[..]), ("less", b"attack at daw")] {
+        v.failure(&format!("tag-of-{name}"), &t, INVALID, "another input", |_| {});
+        let last = v.0.last_mut().unwrap();
+        last.1 = set(std::mem::take(&mut last.1), "plaintext", hex(input));
+    }
+    v.failure("tag-opened-as-message", &t, "malformed: purpose", "", |_| {});
+    let last = v.0.last_mut().unwrap();
+    last.1 = set(without(std::mem::take(&mut last.1), &["plaintext"]), "operation", "open-message");
+    v.failure("tag-relabelled-as-message", &t, INVALID, "a tag is too short for a message", |c| c[5] = 1);
+    let last = v.0.last_mut().unwrap();
+    last.1 = set(without(std::mem::take(&mut last.1), &["plaintext"]), "operation", "open-message");
+    v.failure("tag-opened-as-stream", &t, "malformed: purpose", "", |_| {});
+    let last = v.0.last_mut().unwrap();
+    last.1 = set(without(std::mem::take(&mut last.1), &["plaintext"]), "operation", "open-stream");
+    let checked = |c: Fields| set(set(c, "operation", "check-tag"), "plaintext", hex(TEXT));
+    for (name, fields) in [
+        ("message", message("open-message")),
+        ("wrapped-key", message("open-wrapped-key")),
+        ("stream", stream()),
+    ] {
+        v.failure(&format!("{name}-checked-as-tag"), &fields, "malformed: purpose", "", |_| {});
+        let last = v.0.last_mut().unwrap();
+        last.1 = checked(std::mem::take(&mut last.1));
+    }
+    v.failure(
+        "message-relabelled-as-tag",
+        &message("open-message"),
+        INVALID,
+        "header changed: purpose",
+        |c| {
+            c[5] = 5;
+            c.truncate(60);
+        },
+    );
+    let last = v.0.last_mut().unwrap();
+    last.1 = checked(std::mem::take(&mut last.1));
+}
+
 fn contexts(v: &mut Vectors) {
     v.context("context-empty", "success", "00000000", None);
     v.context(
@@ -501,6 +566,7 @@ fn main() -> ExitCode {
     messages(&mut v);
     streams(&mut v);
     rewraps(&mut v);
+    tags(&mut v);
     contexts(&mut v);
     check_values(&mut v);
     let (mut written, mut kept) = (0, 0);

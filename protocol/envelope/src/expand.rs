@@ -21,6 +21,7 @@ pub const CHECK_VALUE_LEN: usize = 8;
 pub(crate) const LABEL_MESSAGE: &[u8] = b"kms-agent/v1\0";
 pub(crate) const LABEL_DEK: &[u8] = b"kms-agent/v1/dek\0";
 pub(crate) const LABEL_BODY: &[u8] = b"kms-agent/v1/body\0";
+pub(crate) const LABEL_MAC: &[u8] = b"kms-agent/v1/mac\0";
 const LABEL_CHECK: &[u8] = b"kms-agent/v1/check\0";
 
 const HASH_LEN: usize = 64;

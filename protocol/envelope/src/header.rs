@@ -96,6 +96,8 @@ pub enum Purpose {
     Stream = 3,
     /// Reserved; nothing in this crate seals or opens it.
     SharedMessage = 4,
+    /// The tag of an input. Never opened, only checked.
+    Tag = 5,
 }
 
 impl Purpose {
@@ -106,6 +108,7 @@ impl Purpose {
             2 => Some(Self::WrappedKey),
             3 => Some(Self::Stream),
             4 => Some(Self::SharedMessage),
+            5 => Some(Self::Tag),
             _ => None,
         }
     }
@@ -176,7 +179,7 @@ impl Header {
             return Err(HeaderError::Suite(*suite));
         }
         //= docs/formats.md#3-purposes
-        //# A decoder MUST refuse every other number.
+        //# A decoder MUST refuse every other number with `unsupported: purpose`.
         let purpose = Purpose::from_number(*purpose).ok_or(HeaderError::Purpose(*purpose))?;
         //= docs/formats.md#4-header
         //# A decoder MUST refuse flags other than zero, because a later writer will set one only where ignoring it would be wrong.

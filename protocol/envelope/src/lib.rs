@@ -1,4 +1,4 @@
-//! Ciphertexts of kms-agent: header, encryption context, messages and streams (`docs/formats.md`).
+//! Ciphertexts of kms-agent: header, encryption context, messages, streams and tags of inputs (`docs/formats.md`).
 //!
 //! Owns every byte of a ciphertext, and is the only crate that imports an AEAD or HMAC. Keys, salts and data keys come in as
 //! arguments: the crate draws no randomness, does no I/O, knows no key names, rights or states, and never hands out a DEK.
@@ -19,6 +19,7 @@ mod header;
 mod message;
 mod record;
 mod stream;
+mod tag;
 
 #[cfg(test)]
 mod tests;
@@ -27,12 +28,15 @@ pub use chunk::{CHUNK_LEN, SEALED_CHUNK_LEN, TAG_LEN, body_len, body_plaintext_l
 pub use context::{CONTEXT_LEN_MAX, CONTEXT_PAIRS_MAX, ContextError, ContextRef, EncryptionContext, Pairs};
 pub use expand::{CHECK_VALUE_LEN, ExpandKey, KEY_LEN};
 pub use header::{HEADER_LEN, Header, HeaderError, KeyId, KeyIdError, KeyVersion, Purpose};
-pub use message::{MESSAGE_MAX, message_len, message_plaintext_len, open_message, seal_message};
+pub use message::{
+    MESSAGE_MAX, message_len, message_plaintext_len, open_message, rewrap_message, seal_message,
+};
 pub use record::{RECORD_TAG_LEN, RecordKey};
 pub use stream::{
     Body, MessageKey, NONCE_LEN, REWRAP_LEN, STREAM_HEAD_LEN, WRAPPED_DEK_LEN, new_stream, open_stream,
     rewrap_stream,
 };
+pub use tag::{DIGEST_LEN, INPUT_TAG_LEN, check_tag, make_tag};
 
 /// Bytes of the salt of a sealed body (`docs/formats.md`, section 6.1).
 pub const SALT_LEN: usize = 24;

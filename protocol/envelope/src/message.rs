@@ -91,6 +91,59 @@ pub fn open_message(
     opened
 }
 
+/// Moves a message or wrapped key to `new_header`'s key version: what is in it is opened and sealed anew, into an `out` of exactly the same
+/// length. `salt` is 24 fresh random bytes.
+///
+/// While this works, `out` holds the plaintext: it is memory that may hold one, and nobody else reads it before this has returned.
+///
+/// # Errors
+///
+/// As [`open_message`], the purpose being that of `new_header`, and [`OpenError::Length`] for an `out` of another length. All of `out` is
+/// then zero.
+pub fn rewrap_message(
+    old_kek: &ExpandKey,
+    message: &[u8],
+    new_kek: &ExpandKey,
+    new_header: &Header,
+    context: ContextRef<'_>,
+    salt: &[u8; SALT_LEN],
+    out: &mut [u8],
+) -> Result<(), OpenError> {
+    let rewrapped = rewrap(old_kek, message, new_kek, new_header, context, salt, out);
+    if rewrapped.is_err() {
+        out.zeroize();
+    }
+    rewrapped
+}
+
+fn rewrap(
+    old_kek: &ExpandKey,
+    message: &[u8],
+    new_kek: &ExpandKey,
+    new_header: &Header,
+    context: ContextRef<'_>,
+    salt: &[u8; SALT_LEN],
+    out: &mut [u8],
+) -> Result<(), OpenError> {
+    let parts = Parts::split(message, new_header.purpose)?;
+    if out.len() != message.len() {
+        return Err(OpenError::Length);
+    }
+    let (out_header, rest) = out.split_first_chunk_mut::<HEADER_LEN>().ok_or(OpenError::Length)?;
+    let (out_salt, rest) = rest.split_first_chunk_mut::<SALT_LEN>().ok_or(OpenError::Length)?;
+    let (out_commitment, chunks) = rest.split_first_chunk_mut::<COMMITMENT_LEN>().ok_or(OpenError::Length)?;
+    // In place, since neither cut nor length changes: the plaintext is nowhere but where its new ciphertext will stand.
+    let old = parts.derive(old_kek, context)?;
+    chunks.copy_from_slice(parts.chunks);
+    old.chunks().open(0, chunks)?;
+    let header = new_header.to_bytes();
+    let new = derive(new_kek, &header, context, salt);
+    *out_header = header;
+    *out_salt = *salt;
+    *out_commitment = new.commitment;
+    new.chunks().seal(0, chunks).map_err(|_| OpenError::Length)
+}
+
 fn open(
     kek: &ExpandKey,
     message: &[u8],
@@ -98,27 +151,48 @@ fn open(
     context: ContextRef<'_>,
     out: &mut [u8],
 ) -> Result<usize, OpenError> {
-    let header = Header::parse(message)?;
-    //= docs/formats.md#3-purposes
-    //# It MUST refuse a ciphertext of any other purpose, and MUST do so before it looks
-    //# up the key.
-    if header.purpose != expected || !is_direct(expected) {
-        return Err(OpenError::Purpose);
+    let parts = Parts::split(message, expected)?;
+    let out = out.get_mut(..parts.plaintext_len).ok_or(OpenError::Length)?;
+    parts.derive(kek, context)?.chunks().open_into(parts.chunks, out)?;
+    Ok(parts.plaintext_len)
+}
+
+/// A message, cut into its parts. What can be told without a key was found right.
+struct Parts<'a> {
+    header: Header,
+    salt: &'a [u8; SALT_LEN],
+    commitment: &'a [u8; COMMITMENT_LEN],
+    chunks: &'a [u8],
+    plaintext_len: usize,
+}
+
+impl<'a> Parts<'a> {
+    fn split(message: &'a [u8], expected: Purpose) -> Result<Self, OpenError> {
+        let header = Header::parse(message)?;
+        //= docs/formats.md#3-purposes
+        //# It MUST refuse a ciphertext of any other purpose, and MUST do so before it looks
+        //# up the key.
+        if header.purpose != expected || !is_direct(expected) {
+            return Err(OpenError::Purpose);
+        }
+        //= docs/formats.md#66-opening-a-sealed-body
+        //# A decoder MUST refuse a body of an impossible length (less than 72 bytes, or section 6.5).
+        let plaintext_len = message_plaintext_len(message.len()).ok_or(OpenError::Length)?;
+        if plaintext_len > MESSAGE_MAX {
+            return Err(OpenError::Length);
+        }
+        let (_header, rest) = message.split_first_chunk::<HEADER_LEN>().ok_or(OpenError::Length)?;
+        let (salt, rest) = rest.split_first_chunk::<SALT_LEN>().ok_or(OpenError::Length)?;
+        let (commitment, chunks) = rest.split_first_chunk::<COMMITMENT_LEN>().ok_or(OpenError::Length)?;
+        Ok(Self { header, salt, commitment, chunks, plaintext_len })
     }
-    //= docs/formats.md#66-opening-a-sealed-body
-    //# A decoder MUST refuse a body of an impossible length (less than 72 bytes, or section 6.5).
-    let len = message_plaintext_len(message.len()).ok_or(OpenError::Length)?;
-    if len > MESSAGE_MAX {
-        return Err(OpenError::Length);
+
+    /// The keys of the chunks, when the commitment is right.
+    fn derive(&self, kek: &ExpandKey, context: ContextRef<'_>) -> Result<Derived, OpenError> {
+        let derived = derive(kek, &self.header.to_bytes(), context, self.salt);
+        derived.check(self.commitment)?;
+        Ok(derived)
     }
-    let out = out.get_mut(..len).ok_or(OpenError::Length)?;
-    let (_header, rest) = message.split_first_chunk::<HEADER_LEN>().ok_or(OpenError::Length)?;
-    let (salt, rest) = rest.split_first_chunk::<SALT_LEN>().ok_or(OpenError::Length)?;
-    let (commitment, chunks) = rest.split_first_chunk::<COMMITMENT_LEN>().ok_or(OpenError::Length)?;
-    let derived = derive(kek, &header.to_bytes(), context, salt);
-    derived.check(commitment)?;
-    derived.chunks().open_into(chunks, out)?;
-    Ok(len)
 }
 
 fn derive(

@@ -8,10 +8,11 @@
 )]
 
 use kms_envelope::{
-    Body, CHUNK_LEN, COMMITMENT_LEN, ContextError, ContextRef, EncryptionContext, ExpandKey, HEADER_LEN,
-    Header, HeaderError, KeyId, KeyVersion, MESSAGE_MAX, MessageKey, OpenError, Purpose, REWRAP_LEN,
-    SALT_LEN, SEALED_CHUNK_LEN, STREAM_HEAD_LEN, SealError, TAG_LEN, body_len, body_plaintext_len, chunk,
-    message_len, message_plaintext_len, new_stream, open_message, open_stream, rewrap_stream, seal_message,
+    Body, CHUNK_LEN, COMMITMENT_LEN, ContextError, ContextRef, DIGEST_LEN, EncryptionContext, ExpandKey,
+    HEADER_LEN, Header, HeaderError, INPUT_TAG_LEN, KeyId, KeyVersion, MESSAGE_MAX, MessageKey, OpenError,
+    Purpose, REWRAP_LEN, SALT_LEN, SEALED_CHUNK_LEN, STREAM_HEAD_LEN, SealError, TAG_LEN, body_len,
+    body_plaintext_len, check_tag, chunk, make_tag, message_len, message_plaintext_len, new_stream,
+    open_message, open_stream, rewrap_message, rewrap_stream, seal_message,
 };
 use proptest::prelude::*;
 
@@ -108,6 +109,31 @@ proptest! {
         prop_assert_eq!(Header::parse(&message), Ok(header(purpose)));
         prop_assert_eq!(message_plaintext_len(message.len()), Some(plaintext.len()));
         prop_assert!(open(&message, purpose, context.as_ref()) == Ok(plaintext));
+    }
+
+    #[test]
+    fn a_message_moves_to_another_key_whole(
+        plaintext in prop::collection::vec(any::<u8>(), 0..40_000),
+        pairs in pairs(),
+        wrapped: bool,
+        flipped: prop::sample::Index,
+    ) {
+        let context = EncryptionContext::from_pairs(pairs).unwrap();
+        let context = context.as_ref();
+        let purpose = if wrapped { Purpose::WrappedKey } else { Purpose::Message };
+        let new_kek = ExpandKey::new(&[0x12; 32]);
+        let new_header = Header { key_version: KeyVersion::new(6).unwrap(), ..header(purpose) };
+        let salt = [0x23; SALT_LEN];
+        let message = seal(purpose, context, &plaintext);
+        let mut moved = vec![0xdd; message.len()];
+        rewrap_message(&kek(), &message, &new_kek, &new_header, context, &salt, &mut moved).unwrap();
+        let mut anew = vec![0xee; message.len()];
+        seal_message(&new_kek, &new_header, context, &salt, &plaintext, &mut anew).unwrap();
+        prop_assert!(moved == anew);
+        let mut changed = message;
+        changed[flipped.index(moved.len())] ^= 1;
+        rewrap_message(&kek(), &changed, &new_kek, &new_header, context, &salt, &mut moved).unwrap_err();
+        prop_assert!(moved.iter().all(|&b| b == 0));
     }
 
     #[test]
@@ -271,7 +297,8 @@ fn no_truncation_and_no_extension_opens() {
 #[test]
 fn a_purpose_opens_only_as_itself() {
     let context = context();
-    let purposes = [Purpose::Message, Purpose::WrappedKey, Purpose::Stream, Purpose::SharedMessage];
+    let purposes =
+        [Purpose::Message, Purpose::WrappedKey, Purpose::Stream, Purpose::SharedMessage, Purpose::Tag];
     for made in [Purpose::Message, Purpose::WrappedKey] {
         let message = seal(made, context.as_ref(), b"x");
         for asked in purposes {
@@ -291,17 +318,92 @@ fn a_purpose_opens_only_as_itself() {
     for asked in purposes {
         assert_eq!(open(&stream, asked, context.as_ref()), Err(OpenError::Purpose));
     }
-    for purpose in [Purpose::Stream, Purpose::SharedMessage] {
+    for purpose in [Purpose::Stream, Purpose::SharedMessage, Purpose::Tag] {
         let mut out = [0xee; 101];
         let sealed = seal_message(&kek(), &header(purpose), context.as_ref(), &SALT, b"x", &mut out);
         assert_eq!((sealed, out), (Err(SealError::Purpose), [0xee; 101]));
     }
-    for purpose in [Purpose::Message, Purpose::WrappedKey, Purpose::SharedMessage] {
+    for purpose in [Purpose::Message, Purpose::WrappedKey, Purpose::SharedMessage, Purpose::Tag] {
         let made = new_stream(&kek(), &header(purpose), context.as_ref(), &[1; 32], &SALT, &SALT);
         assert_eq!(made.err(), Some(SealError::Purpose));
         let prefix = stream.first_chunk::<REWRAP_LEN>().unwrap();
         let rewrapped = rewrap_stream(&kek(), prefix, &kek(), &header(purpose), &SALT);
         assert_eq!(rewrapped.err(), Some(OpenError::Purpose));
+    }
+}
+
+#[test]
+fn a_rewrap_of_a_message_takes_what_opens_and_nothing_else() {
+    let context = context();
+    let message = seal(Purpose::Message, context.as_ref(), b"five!");
+    let rewrap = |key: &ExpandKey, message: &[u8], purpose, context: &EncryptionContext, len| {
+        let mut out = vec![0xdd; len];
+        let salt = [0x23; SALT_LEN];
+        let done = rewrap_message(key, message, &kek(), &header(purpose), context.as_ref(), &salt, &mut out);
+        assert!(done.is_ok() || out.iter().all(|&b| b == 0));
+        done
+    };
+    let len = message.len();
+    rewrap(&kek(), &message, Purpose::Message, &context, len).unwrap();
+    for wrong in [len - 1, len + 1] {
+        let done = rewrap(&kek(), &message, Purpose::Message, &context, wrong);
+        assert_eq!(done, Err(OpenError::Length));
+    }
+    for purpose in [Purpose::WrappedKey, Purpose::Stream, Purpose::SharedMessage, Purpose::Tag] {
+        assert_eq!(rewrap(&kek(), &message, purpose, &context, len), Err(OpenError::Purpose));
+        let mut relabelled = message.clone();
+        relabelled[5] = purpose.number();
+        let done = rewrap(&kek(), &relabelled, purpose, &context, len);
+        let direct = purpose == Purpose::WrappedKey;
+        assert_eq!(done, Err(if direct { OpenError::Invalid } else { OpenError::Purpose }));
+    }
+    let other = ExpandKey::new(&[0x12; 32]);
+    assert_eq!(rewrap(&other, &message, Purpose::Message, &context, len), Err(OpenError::Invalid));
+    let none = EncryptionContext::default();
+    assert_eq!(rewrap(&kek(), &message, Purpose::Message, &none, len), Err(OpenError::Invalid));
+    let long = seal(Purpose::Message, context.as_ref(), &[0x77; MESSAGE_MAX]);
+    rewrap(&kek(), &long, Purpose::Message, &context, long.len()).unwrap();
+    let longer = [&long[..], &[0]].concat();
+    let done = rewrap(&kek(), &longer, Purpose::Message, &context, longer.len());
+    assert_eq!(done, Err(OpenError::Length));
+}
+
+#[test]
+fn a_tag_is_right_for_one_input_one_context_and_one_key() {
+    let (context, digest) = (context(), [0x66; DIGEST_LEN]);
+    let tag = make_tag(&kek(), &header(Purpose::Tag), context.as_ref(), &digest).unwrap();
+    assert_eq!(Header::parse(&tag), Ok(header(Purpose::Tag)));
+    assert_eq!(make_tag(&kek(), &header(Purpose::Tag), context.as_ref(), &digest), Ok(tag));
+    let check = |tag: &[u8]| check_tag(&kek(), tag, context.as_ref(), &digest);
+    assert_eq!(check(&tag), Ok(()));
+    for i in 0..tag.len() {
+        for bit in 0..8 {
+            let mut changed = tag;
+            changed[i] ^= 1 << bit;
+            let error = check(&changed).unwrap_err();
+            // What is in the clear is seen without the key, but id and version enter the hash.
+            assert_eq!(error == OpenError::Invalid, i >= 8, "byte {i}: {error}");
+        }
+    }
+    for i in 0..DIGEST_LEN {
+        let mut changed = digest;
+        changed[i] ^= 1;
+        assert_eq!(check_tag(&kek(), &tag, context.as_ref(), &changed), Err(OpenError::Invalid));
+    }
+    assert_eq!(check_tag(&kek(), &tag, ContextRef::EMPTY, &digest), Err(OpenError::Invalid));
+    let other = ExpandKey::new(&[0x12; 32]);
+    assert_eq!(check_tag(&other, &tag, context.as_ref(), &digest), Err(OpenError::Invalid));
+    for len in 0..INPUT_TAG_LEN {
+        let short = if len < HEADER_LEN { HeaderError::Truncated.into() } else { OpenError::Length };
+        assert_eq!(check(&tag[..len]), Err(short));
+    }
+    assert_eq!(check(&[&tag[..], &[0]].concat()), Err(OpenError::Length));
+    for purpose in [Purpose::Message, Purpose::WrappedKey, Purpose::Stream, Purpose::SharedMessage] {
+        let made = make_tag(&kek(), &header(purpose), context.as_ref(), &digest);
+        assert_eq!(made, Err(SealError::Purpose));
+        let mut relabelled = tag;
+        relabelled[5] = purpose.number();
+        assert_eq!(check(&relabelled), Err(OpenError::Purpose));
     }
 }
 

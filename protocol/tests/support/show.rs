@@ -5,9 +5,11 @@
 
 use bincode::Encode;
 use kms_protocol::{
-    Add, Added, Constraint, Describe, Description, Fact, Hello, KeyAndContext, KeyRef, KeyRow, KeyState,
-    List, Listed, LockState, Locking, Malformed, Material, NoFields, Opcode, Refusal, RemoteChunks,
-    RemoteStream, Remove, Removed, Request, StatusReply, VersionRow, Welcome, push_frame,
+    Add, Added, Bind, Bound, Constraint, Describe, Description, Export, Exported, Fact, Hello, KeyAndContext,
+    KeyRef, KeyRow, KeyState, List, Listed, LockState, Locking, Malformed, Material, NewDataKey, NoFields,
+    Opcode, OperationCount, Random, Refusal, RemoteChunks, RemoteStream, Remove, RemoveAll, Removed,
+    RemovedAll, Rename, Renamed, Request, Rewrap, Rewrapped, Rotate, Rotated, StatsReply, StatusReply, Value,
+    Verified, VersionRow, Welcome, push_frame,
 };
 
 /// Something that fields are made of.
@@ -138,6 +140,24 @@ show_structures! {
     VersionRow { version, state, check_value, created, uses }
     Remove<'_> { token, key }
     Removed { id }
+    Rotate<'_> { token, key }
+    Rotated { id, version, check_value }
+    Rename<'_> { token, key, name }
+    Renamed { id }
+    Export<'_> { key, version }
+    Exported { id, version }
+    RemoveAll { token }
+    RemovedAll { keys }
+    NewDataKey<'_> { key, context, length }
+    Rewrap<'_> { key, context, to }
+    Rewrapped { changed, id, version }
+    Verified { id, name, version, primary }
+    Random { length }
+    Bind<'_> { number, key }
+    Bound { id }
+    StatsReply { uptime_ms, operations, values }
+    OperationCount { opcode, status, count }
+    Value { name, value }
     Locking { changed }
     RemoteStream { stream }
     RemoteChunks { stream, first }
@@ -162,6 +182,10 @@ impl Show for KeyRef<'_> {
                 lines.push(format!("{path} = id"));
                 id.show(&format!("{path}.id"), lines);
             }
+            Self::Bound(number) => {
+                lines.push(format!("{path} = bound"));
+                number.show(&format!("{path}.bound"), lines);
+            }
         }
     }
 }
@@ -179,7 +203,13 @@ macro_rules! show_tags {
 
 show_tags! {
     Material { Generate = "generate", Import = "import" }
-    KeyState { Enabled = "enabled" }
+    KeyState {
+        Enabled = "enabled",
+        Staged = "staged",
+        Disabled = "disabled",
+        Removed = "removed",
+        Destroyed = "destroyed"
+    }
     LockState { Unlocked = "unlocked", Locked = "locked" }
 }
 
@@ -208,5 +238,23 @@ pub(crate) fn parts<'r>(request: &'r Request<'_>) -> (Opcode, Box<dyn Fields + '
             (Opcode::RemoteStreamDecrypt, Box::new(*fields), chunks)
         }
         Request::RemoteStreamClose(fields) => (Opcode::RemoteStreamClose, Box::new(*fields), &[]),
+        Request::Rotate(fields) => (Opcode::Rotate, Box::new(*fields), &[]),
+        Request::Rename(fields) => (Opcode::Rename, Box::new(*fields), &[]),
+        Request::RemoveAll(fields) => (Opcode::RemoveAll, Box::new(*fields), &[]),
+        Request::Export { fields, passphrase } => (Opcode::Export, Box::new(*fields), passphrase),
+        Request::Wrap { fields, plaintext } => (Opcode::Wrap, Box::new(*fields), plaintext),
+        Request::Unwrap { fields, ciphertext } => (Opcode::Unwrap, Box::new(*fields), ciphertext),
+        Request::DataKey(fields) => (Opcode::DataKey, Box::new(*fields), &[]),
+        Request::DataKeyWrapped(fields) => (Opcode::DataKeyWrapped, Box::new(*fields), &[]),
+        Request::Rewrap { fields, ciphertext } => (Opcode::Rewrap, Box::new(*fields), ciphertext),
+        Request::Verify { fields, ciphertext } => (Opcode::Verify, Box::new(*fields), ciphertext),
+        Request::Mac { fields, digest } => (Opcode::Mac, Box::new(*fields), digest),
+        Request::MacVerify { fields, tag_and_digest } => {
+            (Opcode::MacVerify, Box::new(*fields), tag_and_digest)
+        }
+        Request::Random(fields) => (Opcode::Random, Box::new(*fields), &[]),
+        Request::Bind(fields) => (Opcode::Bind, Box::new(*fields), &[]),
+        Request::Batch { frames } => (Opcode::Batch, Box::new(NoFields {}), frames),
+        Request::Stats => (Opcode::Stats, Box::new(NoFields {}), &[]),
     }
 }

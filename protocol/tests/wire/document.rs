@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use kms_protocol::{
-    FRAME_HEAD_LEN, FRAME_MAX, KeyName, Opcode, PAGE_ROWS_MAX, PASSPHRASE_MAX, PROTOCOL_VERSION,
-    REMOTE_STREAMS_MAX, Status, TOKEN_LEN, constraint,
+    BATCH_ITEMS_MAX, BINDINGS_MAX, DATA_KEY_MAX, FRAME_HEAD_LEN, FRAME_MAX, KeyName, Opcode, PAGE_ROWS_MAX,
+    PASSPHRASE_MAX, PROTOCOL_VERSION, RANDOM_MAX, REMOTE_STREAMS_MAX, Status, TOKEN_LEN, constraint,
 };
 
 use crate::{
@@ -68,7 +68,7 @@ fn the_statuses_are_those_of_the_table() {
         .collect();
     assert_eq!(told, have);
     let reserved: Vec<_> = rows.iter().filter(|row| row[5] == RESERVED).map(|row| &row[1]).collect();
-    assert_eq!(reserved, ["disabled", "declined", "audit-unavailable"]);
+    assert_eq!(reserved, ["disabled", "audit-unavailable"]);
     assert!(rows.iter().all(|row| row[5] == "yes" || row[5] == RESERVED));
     assert!(rows.iter().all(|row| row[2].is_empty() == (row[1] == "ok")));
 }
@@ -142,6 +142,14 @@ fn the_numbers_in_the_sentences_are_those_of_the_code() {
         ("4.3", format!("the client speaks: {PROTOCOL_VERSION} |")),
         ("4.6", format!("1 to {} bytes", grouped(PASSPHRASE_MAX))),
         ("4.7", format!("1 to {} bytes", grouped(PASSPHRASE_MAX))),
+        ("4.14", format!("1 to {} bytes", grouped(PASSPHRASE_MAX))),
+        ("4.27", format!("1 to {}; 32 for AES-256", grouped(DATA_KEY_MAX))),
+        ("4.32", format!("number of bytes, 1 to {} |", grouped(RANDOM_MAX))),
+        ("4.32", format!("a length over {}.", grouped(RANDOM_MAX))),
+        ("4.33", format!("A connection can bind {} numbers.", grouped(BINDINGS_MAX))),
+        ("4.33", format!("that would be the {}th.", grouped(BINDINGS_MAX + 1))),
+        ("4.34", format!("Request payload: 1 to {} *items*", grouped(BATCH_ITEMS_MAX))),
+        ("4.34", format!("more than {}, with one", grouped(BATCH_ITEMS_MAX))),
         ("7", format!("can hold {REMOTE_STREAMS_MAX} streams open; the {}th", REMOTE_STREAMS_MAX + 1)),
     ] {
         assert!(document.section(section).words.contains(&sentence), "section {section}: {sentence}");
@@ -154,6 +162,7 @@ fn the_numbers_in_the_sentences_are_those_of_the_code() {
     assert_eq!(welcome.frame_max as usize, FRAME_MAX);
     assert_eq!(welcome.page_rows_max as usize, PAGE_ROWS_MAX);
     assert_eq!(welcome.remote_streams_max as usize, REMOTE_STREAMS_MAX);
+    assert_eq!(welcome.constraints, constraint::ALL);
     assert_eq!(welcome.opcodes, Opcode::ALL.iter().map(|opcode| opcode.code()).collect::<Vec<_>>());
 }
 

@@ -2,8 +2,9 @@
 
 use bincode::{BorrowDecode, Decode, de::BorrowDecoder, error::DecodeError};
 use kms_protocol::{
-    Added, Description, Listed, Locking, Malformed, NoFields, Opcode, Refusal, RemoteStream, Removed, Status,
-    StatusReply, Welcome, decode_fields,
+    Added, Bound, Description, Exported, Listed, Locking, Malformed, NoFields, Opcode, Refusal, RemoteStream,
+    Removed, RemovedAll, Renamed, Rewrapped, Rotated, StatsReply, Status, StatusReply, Verified, Welcome,
+    decode_fields,
 };
 
 use crate::show::Fields;
@@ -22,6 +23,14 @@ pub(crate) fn decode(opcode: Opcode, status: Status, bytes: &[u8]) -> Result<Box
         Opcode::Describe => owned::<Description>(bytes),
         Opcode::Remove => owned::<Removed>(bytes),
         Opcode::RemoteStreamNew | Opcode::RemoteStreamOpen => owned::<RemoteStream>(bytes),
+        Opcode::Rotate => owned::<Rotated>(bytes),
+        Opcode::Rename => owned::<Renamed>(bytes),
+        Opcode::RemoveAll => owned::<RemovedAll>(bytes),
+        Opcode::Export => owned::<Exported>(bytes),
+        Opcode::Rewrap => owned::<Rewrapped>(bytes),
+        Opcode::Verify => owned::<Verified>(bytes),
+        Opcode::Bind => owned::<Bound>(bytes),
+        Opcode::Stats => owned::<StatsReply>(bytes),
         Opcode::Ping
         | Opcode::Encrypt
         | Opcode::Decrypt
@@ -29,7 +38,15 @@ pub(crate) fn decode(opcode: Opcode, status: Status, bytes: &[u8]) -> Result<Box
         | Opcode::StreamOpen
         | Opcode::RemoteStreamEncrypt
         | Opcode::RemoteStreamDecrypt
-        | Opcode::RemoteStreamClose => owned::<NoFields>(bytes),
+        | Opcode::RemoteStreamClose
+        | Opcode::Wrap
+        | Opcode::Unwrap
+        | Opcode::DataKey
+        | Opcode::DataKeyWrapped
+        | Opcode::Mac
+        | Opcode::MacVerify
+        | Opcode::Random
+        | Opcode::Batch => owned::<NoFields>(bytes),
     }
 }
 

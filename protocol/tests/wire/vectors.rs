@@ -2,7 +2,9 @@
 
 use std::{collections::BTreeSet, fs};
 
-use kms_protocol::{FRAME_MAX, Frame, FrameError, KeyName, Opcode, Request, Status, constraint};
+use kms_protocol::{
+    FRAME_MAX, Frame, FrameError, Items, KeyName, KeyRef, Opcode, Request, Status, constraint,
+};
 
 use crate::{
     replies, repository,
@@ -20,6 +22,7 @@ pub(crate) struct Vector {
     request_id: Option<u32>,
     fields: Vec<String>,
     payload: String,
+    items: Vec<Vec<u8>>,
     pub(crate) frame: Vec<u8>,
 }
 
@@ -66,6 +69,7 @@ impl Vector {
             request_id: None,
             fields: Vec::new(),
             payload: String::new(),
+            items: Vec::new(),
             frame: Vec::new(),
         };
         for line in text.lines().filter(|line| !line.starts_with('#')) {
@@ -87,6 +91,7 @@ impl Vector {
                 }
                 "request-id" => vector.request_id = Some(value.parse().unwrap()),
                 "field" => vector.fields.push(value.to_owned()),
+                "item" => vector.items.push(bytes(value)),
                 "payload" => vector.payload = value.to_owned(),
                 "frame" => vector.frame = bytes(value),
                 _ => panic!("{}: what is {key}?", vector.name),
@@ -121,15 +126,13 @@ impl Vector {
                     return "unsupported: opcode".to_owned();
                 };
                 assert_eq!(Some(opcode), expected, "{}", self.name);
-                if let Ok(Request::Add { fields, .. }) = Request::decode(opcode, &frame) {
-                    if KeyName::parse(fields.name).is_err() {
-                        return "malformed: key name".to_owned();
-                    }
-                    if fields.constraints.iter().any(|c| !constraint::ALL.contains(&c.kind)) {
-                        return "unsupported: constraint".to_owned();
-                    }
+                let request = Request::decode(opcode, &frame);
+                if let Ok(failure) = request.as_ref().map(broken_rule)
+                    && let Some(failure) = failure
+                {
+                    return failure.to_owned();
                 }
-                Request::decode(opcode, &frame).is_ok()
+                request.is_ok()
             }
             Message::ReplyTo(opcode) => {
                 let Some(status) = Status::from_code(frame.head.code) else {
@@ -159,6 +162,25 @@ impl Vector {
             }
         }
     }
+}
+
+/// The rules of section 4 that a receiver can check without a key.
+fn broken_rule(request: &Request<'_>) -> Option<&'static str> {
+    let (name, constraints) = match request {
+        Request::Add { fields, .. } => (Some(fields.name), fields.constraints.as_slice()),
+        Request::Rename(fields) => (Some(fields.name), &[][..]),
+        Request::Wrap { fields, .. } => match fields.key {
+            KeyRef::Name(name) => (Some(name), &[][..]),
+            KeyRef::Id(_) | KeyRef::Bound(_) => (None, &[][..]),
+        },
+        Request::Batch { frames } if Items::parse(frames).is_err() => return Some("malformed: batch"),
+        _ => (None, &[][..]),
+    };
+    if name.is_some_and(|name| KeyName::parse(name).is_err()) {
+        return Some("malformed: key name");
+    }
+    let unknown = constraints.iter().any(|constraint| !constraint::ALL.contains(&constraint.kind));
+    unknown.then_some("unsupported: constraint")
 }
 
 #[test]
@@ -204,6 +226,26 @@ fn good_vectors_decode_to_their_fields_and_encode_to_their_bytes() {
 }
 
 #[test]
+fn a_batch_is_its_items() {
+    let all = Vector::all();
+    let batches: Vec<_> = all.iter().filter(|vector| !vector.items.is_empty()).collect();
+    assert_eq!(batches.len(), 2);
+    let mut ids = Vec::new();
+    for vector in batches {
+        let frame = Frame::parse(&vector.frame, FRAME_MAX).unwrap().unwrap();
+        assert_eq!(vector.items.concat(), frame.payload, "{}", vector.name);
+        let items = Items::parse(frame.payload).unwrap();
+        assert_eq!(items.len(), vector.items.len());
+        for (item, bytes) in items.clone().zip(&vector.items) {
+            let parsed = Frame::parse(bytes, FRAME_MAX).unwrap().unwrap();
+            assert_eq!((item.head, item.fields, item.payload), (parsed.head, parsed.fields, parsed.payload));
+        }
+        ids.push(items.map(|item| item.head.request_id).collect::<Vec<_>>());
+    }
+    assert_eq!(ids[0], ids[1], "each reply has the request id of its item");
+}
+
+#[test]
 fn every_message_and_every_failure_has_a_vector() {
     let all = Vector::all();
     for opcode in Opcode::ALL {
@@ -236,7 +278,10 @@ fn a_bad_frame_ends_the_connection_unless_it_only_breaks_a_rule() {
     for vector in Vector::all().iter().filter(|vector| vector.expect != "success") {
         let then = match vector.expect.as_str() {
             "incomplete" => "waits",
-            "unsupported: opcode" | "malformed: key name" | "unsupported: constraint" => "stays",
+            "unsupported: opcode"
+            | "malformed: key name"
+            | "unsupported: constraint"
+            | "malformed: batch" => "stays",
             _ => "closes",
         };
         assert_eq!(vector.then.as_deref(), Some(then), "{}", vector.name);

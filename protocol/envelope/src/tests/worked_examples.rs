@@ -2,11 +2,13 @@
 
 use std::fmt::Write as _;
 
+use sha2::{Digest, Sha512};
+
 use crate::{
-    Body, EncryptionContext, ExpandKey, Header, KeyId, KeyVersion, OpenError, Purpose,
+    Body, EncryptionContext, ExpandKey, Header, KeyId, KeyVersion, OpenError, Purpose, check_tag,
     cobblestone::{Derived, INFO_PREFIX},
-    expand::{LABEL_BODY, LABEL_DEK, LABEL_MESSAGE},
-    message_len, new_stream, open_message, open_stream, rewrap_stream, seal_message,
+    expand::{LABEL_BODY, LABEL_DEK, LABEL_MAC, LABEL_MESSAGE},
+    make_tag, message_len, new_stream, open_message, open_stream, rewrap_stream, seal_message,
 };
 
 const PLAINTEXT: &[u8] = b"attack at dawn";
@@ -121,9 +123,22 @@ fn worked_examples_stand_in_the_document() {
     Body::new(open_stream(&new_key, &head, context.as_ref()).unwrap()).open_chunks(0, &mut body).unwrap();
     assert_eq!(&body[..14], PLAINTEXT);
 
+    let mut tag = String::new();
+    let header = Header { purpose: Purpose::Tag, ..header };
+    let digest: [u8; 64] = Sha512::digest(PLAINTEXT).into();
+    let info = [LABEL_MAC, &header.to_bytes(), ec, &digest].concat();
+    line(&mut tag, "header", &header.to_bytes());
+    line(&mut tag, "digest", &digest);
+    line(&mut tag, "info", &info);
+    line(&mut tag, "T(1)", &*key.expand::<64>(&[&info]));
+    let made = make_tag(&key, &header, context.as_ref(), &digest).unwrap();
+    line(&mut tag, "tag", &made);
+    assert_eq!(check_tag(&key, &made, context.as_ref(), &digest), Ok(()));
+
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/formats.md");
     let document = std::fs::read_to_string(path).unwrap();
-    let blocks = [("inputs", inputs), ("message", message), ("stream", stream), ("rewrap", rewrap)];
+    let blocks =
+        [("inputs", inputs), ("message", message), ("stream", stream), ("rewrap", rewrap), ("tag", tag)];
     let missing: String = blocks
         .into_iter()
         .map(|(name, lines)| format!("```example {name}\n{lines}```\n"))
