@@ -37,7 +37,7 @@ const RETRY: Duration = Duration::from_secs(5);
 const PASSPHRASE_ANSWER_LIMIT: Duration = Duration::from_secs(120);
 
 /// Rows that one listing or description may have: an agent's ceiling is a million keys, and pages that never end must end.
-const ROWS_MAX: u64 = 1 << 24;
+pub(crate) const ROWS_MAX: u64 = 1 << 24;
 
 /// How the agent is found and how long it is waited for.
 #[derive(Clone, Debug)]
@@ -534,17 +534,17 @@ impl Client {
         answer_limit(operation, self.route.timeout)
     }
 
-    /// Sees to a connection that can be used, and is ours.
-    fn reconnect(&mut self) -> Result<(), Error> {
+    /// Sees to a connection that can be used, and is ours. True: it is a new one.
+    pub(crate) fn reconnect(&mut self) -> Result<bool, Error> {
         let inherited = self.connection.is_inherited();
         match self.connection.usable() {
             Err(_) if inherited || !self.retry.is_zero() => {
                 // The old one is closed, and not shut down: it may be our parent's.
                 self.connection = self.route.connect()?;
                 self.bindings.values_mut().for_each(|binding| binding.here = false);
-                Ok(())
+                Ok(true)
             }
-            usable => usable,
+            usable => usable.map(|()| false),
         }
     }
 

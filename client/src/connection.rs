@@ -5,7 +5,7 @@
 //! before memory is taken for them. A process that inherited a connection leaves it alone: it closes its descriptor and no more.
 
 use std::{
-    io::IoSliceMut,
+    io::{IoSlice, IoSliceMut},
     os::fd::{AsFd, AsRawFd, OwnedFd},
     path::{Path, PathBuf},
     sync::Arc,
@@ -21,7 +21,7 @@ use nix::{
     sys::{
         socket::{
             AddressFamily, ControlMessageOwned, MsgFlags, Shutdown, SockFlag, SockType, UnixAddr,
-            UnixCredentials, connect, getsockopt, recv, recvmsg, send, setsockopt, shutdown, socket,
+            UnixCredentials, connect, getsockopt, recv, recvmsg, send, sendmsg, setsockopt, shutdown, socket,
             sockopt::{PassCred, PeerCredentials, SendTimeout},
         },
         time::TimeVal,
@@ -133,7 +133,7 @@ impl Connection {
         if welcome.version != PROTOCOL_VERSION {
             return Err(wrong(ReplyError::Version(welcome.version).into()));
         }
-        let frame_max = usize::try_from(welcome.frame_max).unwrap_or(FRAME_MAX).min(FRAME_MAX);
+        let frame_max = wire::frame_max(&welcome);
         if frame_max < FRAME_MAX_LEAST {
             return Err(wrong(ReplyError::Limits.into()));
         }
@@ -192,6 +192,23 @@ impl Connection {
         }
     }
 
+    /// Whoever moves the bytes without us.
+    pub(crate) fn socket(&self) -> &OwnedFd {
+        &self.sender.socket
+    }
+
+    /// Gives the socket away. A connection that is in the middle of something has no use for whoever gets it.
+    #[cfg(feature = "async")]
+    pub(crate) fn into_socket(self) -> Result<OwnedFd, Error> {
+        self.usable()?;
+        let Self { sender, receiver, .. } = self;
+        if !receiver.assembler.is_between_frames() {
+            return Err(ReplyError::RequestId.into());
+        }
+        drop(receiver);
+        Arc::into_inner(sender.socket).ok_or(Error::Broken)
+    }
+
     /// Waits for `time`, or until the agent closes the connection.
     pub(crate) fn wait(&self, time: Duration) -> Result<(), Error> {
         let time = PollTimeout::try_from(time).unwrap_or(PollTimeout::MAX);
@@ -213,9 +230,9 @@ pub(crate) struct Unanswered {
 
 /// A reply, with what it answers.
 pub(crate) struct Call {
-    operation: Opcode,
-    id: u32,
-    reply: Reply,
+    pub(crate) operation: Opcode,
+    pub(crate) id: u32,
+    pub(crate) reply: Reply,
 }
 
 impl Call {
@@ -397,6 +414,40 @@ fn receive_with_sender(
             credentials.sender = now;
             Ok(message.bytes)
         }
+    }
+}
+
+/// Receives what is there; nothing when that is nothing.
+pub(crate) fn receive_now(socket: &impl AsRawFd, room: &mut [u8]) -> Result<Option<usize>, Error> {
+    match recv(socket.as_raw_fd(), room, MsgFlags::MSG_DONTWAIT) {
+        Ok(0) | Err(Errno::ECONNRESET | Errno::EPIPE) => Err(Error::Closed),
+        Ok(got) => Ok(Some(got)),
+        Err(Errno::EINTR | Errno::EAGAIN) => Ok(None),
+        Err(errno) => Err(Error::Connection(errno.into())),
+    }
+}
+
+/// Sends what the socket has room for; nothing when it has none.
+pub(crate) fn send_now(socket: &impl AsRawFd, slices: &[IoSlice<'_>]) -> Result<Option<usize>, Error> {
+    let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+    match sendmsg::<()>(socket.as_raw_fd(), slices, &[], flags, None) {
+        Ok(sent) => Ok(Some(sent)),
+        Err(Errno::EINTR | Errno::EAGAIN) => Ok(None),
+        Err(Errno::EPIPE | Errno::ECONNRESET) => Err(Error::Closed),
+        Err(errno) => Err(Error::Connection(errno.into())),
+    }
+}
+
+/// Waits for something to receive, or for room to send; `limit` at most.
+pub(crate) fn wait_for(socket: &OwnedFd, to_send: bool, limit: Duration) -> Result<PollFlags, Error> {
+    let mut flags = PollFlags::POLLIN;
+    flags.set(PollFlags::POLLOUT, to_send);
+    let limit = PollTimeout::try_from(limit.saturating_add(Duration::from_micros(999)));
+    let mut polled = [PollFd::new(socket.as_fd(), flags)];
+    match poll(&mut polled, limit.unwrap_or(PollTimeout::MAX)) {
+        Ok(_) => Ok(polled.first().and_then(PollFd::revents).unwrap_or(PollFlags::empty())),
+        Err(Errno::EINTR) => Ok(PollFlags::empty()),
+        Err(errno) => Err(Error::Connection(errno.into())),
     }
 }
 

@@ -174,6 +174,41 @@ impl Error {
         }
     }
 
+    /// The same failure, for another request that it befell.
+    pub(crate) fn again(&self) -> Self {
+        let io = |error: &io::Error| {
+            error.raw_os_error().map_or_else(|| error.kind().into(), io::Error::from_raw_os_error)
+        };
+        match self {
+            Self::NoAgent => Self::NoAgent,
+            Self::Connect { socket, source } => Self::Connect { socket: socket.clone(), source: io(source) },
+            Self::NotASocket { socket } => Self::NotASocket { socket: socket.clone() },
+            Self::UntrustedPlace { path, owner } => {
+                Self::UntrustedPlace { path: path.clone(), owner: *owner }
+            }
+            Self::WritableDirectory { path } => Self::WritableDirectory { path: path.clone() },
+            Self::UntrustedServer { socket, uid } => {
+                Self::UntrustedServer { socket: socket.clone(), uid: *uid }
+            }
+            Self::UnidentifiedServer { socket } => Self::UnidentifiedServer { socket: socket.clone() },
+            Self::ClosedBeforeHello { socket } => Self::ClosedBeforeHello { socket: socket.clone() },
+            Self::NotAnAgent { socket, source } => {
+                Self::NotAnAgent { socket: socket.clone(), source: Box::new(source.again()) }
+            }
+            Self::Refused { operation, status, retry_after } => {
+                Self::Refused { operation: *operation, status: *status, retry_after: *retry_after }
+            }
+            Self::Reply(error) => Self::Reply(*error),
+            Self::Timeout { limit } => Self::Timeout { limit: *limit },
+            Self::Connection(source) => Self::Connection(io(source)),
+            Self::TooLong { what, max } => Self::TooLong { what, max: *max },
+            Self::InvalidCiphertext => Self::InvalidCiphertext,
+            Self::Closed => Self::Closed,
+            // Nothing else befalls more than the one who is told.
+            _ => Self::Broken,
+        }
+    }
+
     /// The answer of the agent, where it is what failed.
     #[must_use]
     pub fn status(&self) -> Option<Status> {

@@ -5,13 +5,19 @@
 //! the server's uid is known and trusted. It never holds a key-encryption key, never decides who may do what, and never
 //! releases a decrypted byte that was not authentic.
 
+#[cfg(feature = "async")]
+mod asynchronous;
+mod batch;
 #[cfg(feature = "cli")]
 pub mod cli;
 mod client;
 mod connection;
 mod error;
+mod exchange;
+mod items;
 mod locate;
 mod operations;
+mod pipeline;
 mod pump;
 mod remote;
 mod retry;
@@ -30,10 +36,15 @@ pub use kms_protocol::{
 };
 pub use kms_secret_memory::{Secret, SecretVec};
 
+#[cfg(feature = "async")]
+pub use crate::asynchronous::AsyncClient;
 pub use crate::{
+    batch::Batch,
     client::{Client, Keys, NewKey, Options},
     error::{Error, ReplyError},
+    items::Item,
     operations::{DataKey, Moved},
+    pipeline::Pipeline,
     remote::{RemoteOpening, RemoteSealing},
     stream::{Head, Input, LocalOpening, LocalSealing, Output, Progress},
 };

@@ -5,8 +5,8 @@
 use std::time::Duration;
 
 use kms_protocol::{
-    Frame, FrameHead, KeyRef, Malformed, NoFields, Opcode, Refusal, Request, Status, begin_frame,
-    decode_fields, frame_len,
+    FRAME_MAX, Frame, FrameHead, KeyRef, Malformed, NoFields, Opcode, Refusal, Request, Status, Welcome,
+    begin_frame, decode_fields, frame_len,
 };
 use kms_secret_memory::SecretVec;
 use zeroize::Zeroize;
@@ -88,29 +88,42 @@ impl Reply {
         self.bytes
     }
 
+    /// The id of the request that it answers.
+    pub(crate) fn id(&self) -> Result<u32, ReplyError> {
+        Ok(self.frame()?.head.request_id)
+    }
+
     /// Fields and payload of the reply to request `id`.
     ///
     /// # Errors
     /// [`Error::Refused`]; [`Error::Reply`] when the frame is no answer to that request.
     pub(crate) fn accept(&self, operation: Opcode, id: u32) -> Result<Accepted<'_>, Error> {
+        accept(&self.frame()?, operation, id)
+    }
+
+    fn frame(&self) -> Result<Frame<'_>, ReplyError> {
         let bytes = self.bytes.expose_secret();
-        let frame = Frame::parse(bytes, bytes.len()).map_err(ReplyError::Frame)?.ok_or(ReplyError::Shape)?;
-        if frame.head.request_id != id {
-            return Err(ReplyError::RequestId.into());
-        }
-        match Status::from_code(frame.head.code) {
-            None => Err(ReplyError::Status(frame.head.code).into()),
-            Some(Status::Ok) => Ok(Accepted { fields: frame.fields, payload: frame.payload }),
-            Some(status) => {
-                let Ok(Refusal { retry_after_ms }) = decode_fields(frame.fields) else {
-                    return Err(ReplyError::Shape.into());
-                };
-                if !frame.payload.is_empty() {
-                    return Err(ReplyError::Shape.into());
-                }
-                let retry_after = Duration::from_millis(retry_after_ms.into());
-                Err(Error::Refused { operation, status, retry_after })
+        Frame::parse(bytes, bytes.len())?.ok_or(ReplyError::Shape)
+    }
+}
+
+/// As [`Reply::accept`], of a frame wherever it lies.
+pub(crate) fn accept<'a>(frame: &Frame<'a>, operation: Opcode, id: u32) -> Result<Accepted<'a>, Error> {
+    if frame.head.request_id != id {
+        return Err(ReplyError::RequestId.into());
+    }
+    match Status::from_code(frame.head.code) {
+        None => Err(ReplyError::Status(frame.head.code).into()),
+        Some(Status::Ok) => Ok(Accepted { fields: frame.fields, payload: frame.payload }),
+        Some(status) => {
+            let Ok(Refusal { retry_after_ms }) = decode_fields(frame.fields) else {
+                return Err(ReplyError::Shape.into());
+            };
+            if !frame.payload.is_empty() {
+                return Err(ReplyError::Shape.into());
             }
+            let retry_after = Duration::from_millis(retry_after_ms.into());
+            Err(Error::Refused { operation, status, retry_after })
         }
     }
 }
@@ -143,6 +156,45 @@ impl<'a> Accepted<'a> {
         decode: fn(&'a [u8]) -> Result<T, Malformed>,
     ) -> Result<(T, &'a [u8]), ReplyError> {
         Ok((decode(self.fields).map_err(|_| ReplyError::Shape)?, self.payload))
+    }
+}
+
+/// A frame that is ready to go, under whatever id it is given at last.
+pub(crate) struct Outgoing {
+    pub(crate) operation: Opcode,
+    frame: SecretVec,
+    /// The numbers by which it names keys.
+    pub(crate) bound: [Option<u32>; 2],
+    /// The number that it binds.
+    pub(crate) binds: Option<u32>,
+}
+
+impl Outgoing {
+    /// # Errors
+    /// [`Error::TooLong`] when no agent would take the frame.
+    pub(crate) fn new(request: &Request<'_>) -> Result<Self, Error> {
+        let binds = match request {
+            Request::Bind(bind) => Some(bind.number),
+            _ => None,
+        };
+        let frame = encode(request, 0, FRAME_MAX)?;
+        Ok(Self { operation: request.opcode(), frame, bound: bound_numbers(request), binds })
+    }
+
+    //= docs/protocol.md#21-head
+    //# in a request any number, in a reply that of the request
+    /// Gives it an id.
+    pub(crate) fn set_id(&mut self, id: u32) {
+        let len = self.frame.len();
+        if let Some(place) = self.frame.as_mut_slice().get_mut(8..12) {
+            place.copy_from_slice(&id.to_le_bytes());
+        }
+        self.frame.truncate(len);
+    }
+
+    /// The whole frame.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        self.frame.expose_secret()
     }
 }
 
@@ -189,6 +241,11 @@ pub(crate) fn bound_numbers(request: &Request<'_>) -> [Option<u32>; 2] {
         | Request::MacVerify { fields, .. } => &fields.key,
     };
     [number(key), None]
+}
+
+/// The longest frame that both sides take.
+pub(crate) fn frame_max(welcome: &Welcome) -> usize {
+    usize::try_from(welcome.frame_max).unwrap_or(FRAME_MAX).min(FRAME_MAX)
 }
 
 /// Whether a request may be sent again when nobody knows whether it was carried out: it changes nothing, or carries a token.

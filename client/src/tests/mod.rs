@@ -1,7 +1,10 @@
 //! The library against an agent in the same process, which answers as it should or as it should not.
 
+#[cfg(feature = "async")]
+mod asynchronous;
 mod fake;
 mod hostile;
+mod many;
 mod retry;
 mod streams;
 
