@@ -136,8 +136,7 @@ impl AgentBuilder {
                 programs::needs_root();
                 chown(&run, Some(uid), Some(uid)).unwrap();
                 let copy = folder.path().join("kms-agent");
-                fs::copy(program, &copy).unwrap();
-                fs::set_permissions(&copy, Permissions::from_mode(0o755)).unwrap();
+                programs::copy(&program, &copy, 0o755);
                 copy
             }
             None => program,

@@ -1,8 +1,7 @@
 //! Where the programs under test are, and what else a test may ask of the machine.
 
 use std::{
-    env, fs,
-    os::unix::fs::PermissionsExt,
+    env,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -40,9 +39,11 @@ fn target_folder() -> PathBuf {
 const TOOLS: &[(&str, &str)] = &[
     ("env", "coreutils"),
     ("gdb", "gdb"),
+    ("install", "coreutils"),
     ("mount", "mount"),
     ("prlimit", "util-linux"),
     ("setpriv", "util-linux"),
+    ("setsid", "util-linux"),
     ("sh", "dash"),
     ("strace", "strace"),
 ];
@@ -65,6 +66,16 @@ pub fn needs_root() {
     assert!(nix::unistd::getuid().is_root(), "this test needs root: run the tests as root (sudo tests/run)");
 }
 
+/// Makes a copy of a program that can be run at once. By a process of its own: a copy that this one writes would be open for writing
+/// in every child that another thread starts meanwhile, and the kernel runs no such file ("text file busy").
+///
+/// # Panics
+/// When it cannot be made.
+pub fn copy(program: &Path, to: &Path, mode: u32) {
+    let status = tool("install").arg("-m").arg(format!("{mode:o}")).args([program, to]).status().unwrap();
+    assert!(status.success(), "install {}: {status}", to.display());
+}
+
 /// A copy of a program in a folder that every user can reach; taken away when dropped.
 pub struct SharedCopy {
     _folder: TempDir,
@@ -80,8 +91,7 @@ impl SharedCopy {
     pub fn of(program: &Path, mode: u32) -> Self {
         let folder = fresh_folder(0o755);
         let path = folder.path().join("program");
-        fs::copy(program, &path).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+        copy(program, &path, mode);
         Self { _folder: folder, path }
     }
 

@@ -56,6 +56,16 @@ impl Wait {
     }
 }
 
+/// Whether the last turn of a connection was too short for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Load {
+    Light,
+    /// It was; the next comes after those of others.
+    Heavy,
+    /// It waits for the next.
+    Queued,
+}
+
 pub(super) struct Connection {
     socket: UnixStream,
     pub(super) peer: Peer,
@@ -71,8 +81,7 @@ pub(super) struct Connection {
     pub(super) deadline: Option<Duration>,
     /// Since when its replies have waited too long: it ends when somebody needs the memory.
     pub(super) overdue: Option<Duration>,
-    /// The last turn that it had.
-    pub(super) turn: u64,
+    pub(super) load: Load,
 }
 
 impl Connection {
@@ -87,7 +96,7 @@ impl Connection {
             output: None,
             deadline: None,
             overdue: None,
-            turn: 0,
+            load: Load::Light,
         }
     }
 

@@ -1,4 +1,4 @@
-//! Input and output of `encrypt` and `decrypt`: files by name, `-` for the standard streams.
+//! Input and output: files by name, `-` for the standard streams.
 //!
 //! A regular file appears under its name when it is whole and on disk, or not at all. Devices and pipes are written directly.
 
@@ -7,56 +7,87 @@ use std::{
     ffi::OsStr,
     fs::{self, File},
     io::{self, IsTerminal},
-    os::{fd::AsFd, unix::fs::OpenOptionsExt},
+    os::{
+        fd::AsFd,
+        unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
+    },
     path::{Path, PathBuf},
 };
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use tempfile::NamedTempFile;
 
 use super::{interrupt, ui::Failure};
-use crate::{Error, Input, Output};
+use crate::{Error, Output};
 
 /// Symlinks that the name of an output may lead through.
 const LINKS_MAX: usize = 40;
 
 /// `-` and nothing at all are standard input.
-pub(super) fn open_input(name: Option<&OsStr>) -> Result<Input<'static>, Failure> {
-    Input::from_file(open(name)?).map_err(|error| match error {
-        Error::Input(source) => {
-            Failure::Open { path: name.unwrap_or(OsStr::new("standard input")).into(), source }
-        }
-        error => Failure::Client(error),
-    })
+pub(super) fn open(name: Option<&OsStr>) -> Result<File, Failure> {
+    let (file, path) = match name.filter(|name| *name != "-") {
+        Some(name) if name.is_empty() => return Err(Failure::EmptyName),
+        Some(name) => (File::open(name), PathBuf::from(name)),
+        None => (standard_input()?, PathBuf::from("standard input")),
+    };
+    let failed = |source| Failure::Open { path: path.clone(), source };
+    let file = file.map_err(failed)?;
+    match file.metadata().map_err(failed)?.is_dir() {
+        true => Err(failed(nix::errno::Errno::EISDIR.into())),
+        false => Ok(file),
+    }
 }
 
-/// As [`open_input`], as a file.
-pub(super) fn open(name: Option<&OsStr>) -> Result<File, Failure> {
-    match name.filter(|name| *name != "-") {
-        Some(name) if name.is_empty() => Err(Failure::EmptyName),
-        Some(name) => File::open(name).map_err(|source| Failure::Open { path: name.into(), source }),
-        None => io::stdin()
-            .as_fd()
-            .try_clone_to_owned()
-            .map(File::from)
-            .map_err(|source| Failure::Open { path: "standard input".into(), source }),
+fn standard_input() -> Result<io::Result<File>, Failure> {
+    let file = io::stdin().as_fd().try_clone_to_owned().map(File::from);
+    match &file {
+        Ok(file) if was_closed(file) => Err(Failure::ClosedInput),
+        _ => Ok(file),
     }
+}
+
+/// Whether this is what the runtime puts in the place of a standard input that was closed: the null device, open for writing too.
+/// `</dev/null` is not. A parent that gives us the null device open for both is refused with it: whoever wants to encrypt nothing
+/// can say so in another way, and whoever has lost a pipe must not get the ciphertext of nothing for it.
+fn was_closed(file: &File) -> bool {
+    let is_null = || {
+        let (Ok(ours), Ok(null)) = (file.metadata(), fs::metadata("/dev/null")) else { return false };
+        ours.file_type().is_char_device() && ours.rdev() == null.rdev()
+    };
+    let flags = fcntl(file, FcntlArg::F_GETFL).map(OFlag::from_bits_truncate);
+    flags.is_ok_and(|flags| flags & OFlag::O_ACCMODE == OFlag::O_RDWR) && is_null()
+}
+
+/// What is written, since not everything may go to a terminal.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Content {
+    /// Only if the user insists.
+    Binary,
+    /// Always.
+    Text,
+    /// Never.
+    Secret,
 }
 
 /// Where output goes, not opened yet.
 pub(super) enum Destination {
     Standard,
-    Named(PathBuf),
+    /// The second: not if it is a terminal.
+    Named(PathBuf, bool),
 }
 
 impl Destination {
     /// `-` is standard output even if that is a terminal; nothing at all only if it is none.
-    pub(super) fn new(name: Option<&OsStr>) -> Result<Self, Failure> {
+    pub(super) fn new(name: Option<&OsStr>, content: Content) -> Result<Self, Failure> {
         match name {
-            Some(name) if name == "-" => Ok(Self::Standard),
-            Some(name) if name.is_empty() => Err(Failure::EmptyName),
-            Some(name) => Ok(Self::Named(name.into())),
-            None if io::stdout().is_terminal() => Err(Failure::Terminal),
-            None => Ok(Self::Standard),
+            Some(name) if name.is_empty() => return Err(Failure::EmptyName),
+            Some(name) if name != "-" => return Ok(Self::Named(name.into(), content == Content::Secret)),
+            _ => {}
+        }
+        match content {
+            Content::Secret if io::stdout().is_terminal() => Err(Failure::SecretTerminal),
+            Content::Binary if name.is_none() && io::stdout().is_terminal() => Err(Failure::Terminal),
+            _ => Ok(Self::Standard),
         }
     }
 
@@ -70,25 +101,33 @@ impl Destination {
         &self,
         write: impl FnOnce(Output<'static>) -> Result<T, Error>,
     ) -> Result<T, Failure> {
-        let path = match self {
+        let (path, no_terminal) = match self {
             Self::Standard => {
                 let stdout = io::stdout().as_fd().try_clone_to_owned().map(File::from);
                 let stdout =
                     stdout.map_err(|source| Failure::Create { path: "standard output".into(), source })?;
                 return Ok(write(Output::to_file_in_order(stdout))?);
             }
-            Self::Named(path) => path,
+            Self::Named(path, no_terminal) => (path, *no_terminal),
         };
         let failed = |source: io::Error| Failure::Create { path: path.clone(), source };
         let Some(target) = regular_target(path).map_err(failed)? else {
             let file = File::options().write(true).open(path).map_err(failed)?;
+            if no_terminal && file.is_terminal() {
+                return Err(Failure::SecretTerminal);
+            }
             return Ok(write(Output::to_file_in_order(file))?);
         };
         let folder = match target.parent() {
             Some(folder) if !folder.as_os_str().is_empty() => folder,
             _ => Path::new("."),
         };
-        let temporary = interrupt::remove_at_end(|| create_beside(folder)).map_err(failed)?;
+        let create = || {
+            let file = create_beside(folder)?;
+            let path = file.path().to_owned();
+            Ok((file, path))
+        };
+        let temporary = interrupt::remove_at_end(create).map_err(failed)?;
         let done = write(Output::to_new_file(temporary.as_file().try_clone().map_err(failed)?))?;
         persist(temporary, &target, folder).map_err(failed)?;
         Ok(done)
@@ -111,7 +150,8 @@ fn create_beside(folder: &Path) -> io::Result<NamedTempFile> {
 /// Onto the disk, then under its name, then the name onto the disk.
 fn persist(temporary: NamedTempFile, target: &Path, folder: &Path) -> io::Result<()> {
     temporary.as_file().sync_all()?;
-    interrupt::finish(|| temporary.persist(target))?;
+    let path = temporary.path().to_owned();
+    interrupt::finish(&path, || temporary.persist(target))?;
     File::open(folder)?.sync_all()
 }
 
@@ -138,12 +178,12 @@ fn regular_target(path: &Path) -> io::Result<Option<PathBuf>> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::{MetadataExt, symlink};
+    use std::os::unix::fs::symlink;
 
     use super::*;
 
     fn put(path: &Path, bytes: &[u8]) -> Result<(), Failure> {
-        Destination::new(Some(path.as_os_str()))?.fill(|output| output.put(bytes))
+        Destination::new(Some(path.as_os_str()), Content::Binary)?.fill(|output| output.put(bytes))
     }
 
     #[test]
@@ -161,7 +201,7 @@ mod tests {
         put(&dir.path().join("dangling"), b"three").unwrap();
         assert_eq!(fs::read(dir.path().join("new")).unwrap(), b"three");
 
-        let failed: Result<(), _> = Destination::new(Some(path.as_os_str()))
+        let failed: Result<(), _> = Destination::new(Some(path.as_os_str()), Content::Binary)
             .unwrap()
             .fill(|output| output.put(b"half").and(Err(Error::InvalidCiphertext)));
         assert!(matches!(failed, Err(Failure::Client(Error::InvalidCiphertext))));

@@ -1,10 +1,10 @@
-//! What must not stay behind when a signal ends the program: a half-written file, a terminal without echo.
+//! What must not stay behind when a signal ends the program: half-written files, a terminal without echo, half of a change.
 
 use std::{
     fs::{self, File},
     io,
-    path::PathBuf,
-    sync::{Mutex, MutexGuard, PoisonError},
+    path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError, RwLock},
     thread,
 };
 
@@ -12,12 +12,14 @@ use nix::sys::{
     signal::{SigSet, Signal, raise},
     termios::{LocalFlags, SetArg, Termios, tcgetattr, tcsetattr},
 };
-use tempfile::NamedTempFile;
 
-static LEFTOVERS: Mutex<Leftovers> = Mutex::new(Leftovers { file: None, terminal: None });
+static LEFTOVERS: Mutex<Leftovers> = Mutex::new(Leftovers { files: Vec::new(), terminal: None });
+
+/// Held by every thread that is within a change which a signal must not cut in two.
+static CHANGES: RwLock<()> = RwLock::new(());
 
 struct Leftovers {
-    file: Option<PathBuf>,
+    files: Vec<PathBuf>,
     terminal: Option<(File, Termios)>,
 }
 
@@ -37,9 +39,10 @@ pub(super) fn watch() {
     }
     let watching = thread::Builder::new().name("signals".into()).spawn(move || {
         let Ok(signal) = deadly.wait() else { return };
+        let _no_change = CHANGES.write().unwrap_or_else(PoisonError::into_inner);
         let mut leftovers = lock();
         clean(&mut leftovers);
-        // Still holding the lock: nobody may make new leftovers now. The signal's own action tells our parent what happened.
+        // Still holding the locks: nobody may make new leftovers now. The signal's own action tells our parent what happened.
         let _ = deadly.thread_unblock();
         let _ = raise(signal);
     });
@@ -49,21 +52,27 @@ pub(super) fn watch() {
     let _ = stop.thread_unblock();
 }
 
-/// Makes a file that is removed if a signal comes.
-pub(super) fn remove_at_end(create: impl FnOnce() -> io::Result<NamedTempFile>) -> io::Result<NamedTempFile> {
+/// Makes a file, which comes with its path, and is removed if a signal comes.
+pub(super) fn remove_at_end<T>(create: impl FnOnce() -> io::Result<(T, PathBuf)>) -> io::Result<T> {
     // Behind the lock, so that a signal finds either no file yet or its name.
     let mut leftovers = lock();
-    let file = create()?;
-    leftovers.file = Some(file.path().to_owned());
+    let (file, path) = create()?;
+    leftovers.files.push(path);
     Ok(file)
 }
 
-/// Runs `whole` without a signal in between, after which there is nothing to remove any more.
-pub(super) fn finish<T>(whole: impl FnOnce() -> T) -> T {
+/// Runs `whole` without a signal in between, after which there is nothing to remove at `path` any more.
+pub(super) fn finish<T>(path: &Path, whole: impl FnOnce() -> T) -> T {
     let mut leftovers = lock();
     let done = whole();
-    leftovers.file = None;
+    leftovers.files.retain(|file| file != path);
     done
+}
+
+/// Runs `change` without a signal in between; several threads can be within one.
+pub(super) fn without<T>(change: impl FnOnce() -> T) -> T {
+    let _change = CHANGES.read().unwrap_or_else(PoisonError::into_inner);
+    change()
 }
 
 /// Runs `ask` with the terminal's echo off, from before the prompt shows. It is on again when a signal ends the program, and the
@@ -98,7 +107,7 @@ pub(super) fn give_way() {
 }
 
 fn clean(leftovers: &mut Leftovers) {
-    if let Some(file) = leftovers.file.take() {
+    for file in leftovers.files.drain(..) {
         let _ = fs::remove_file(file);
     }
     restore(leftovers);

@@ -1,24 +1,28 @@
-//! `kmsctl`: its arguments, and what each command does with the library.
+//! `kmsctl`: which command does what with the library.
 //!
-//! Owns the definition of the command line, from which help comes. It prints nothing itself; that is the part of `ui`. Passphrases
-//! and keys never come from arguments or the environment.
+//! It prints nothing itself; that is the part of `ui` and `results`. Passphrases and keys never come from arguments or the
+//! environment.
 
+mod arguments;
+mod data;
 mod files;
+mod forms;
 mod interrupt;
+mod keys;
+mod manual;
+mod results;
+mod rewrap;
 mod secrets;
 mod ui;
 
 use std::{
-    ffi::OsString,
-    os::unix::ffi::OsStrExt,
-    path::PathBuf,
     process::ExitCode,
     time::{Duration, Instant},
 };
 
-use clap::{Args, Parser, Subcommand};
-use kms_envelope::{MESSAGE_MAX, message_len};
+use clap::Parser;
 use nix::{
+    poll::{PollTimeout, poll},
     sys::{
         prctl::set_dumpable,
         resource::{Resource, setrlimit},
@@ -27,14 +31,14 @@ use nix::{
 };
 
 use self::{
-    files::{Destination, open_input},
+    arguments::{Arguments, Command, Global},
     secrets::PassphraseSource,
     ui::{Failure, Ui},
 };
-use crate::{
-    Client, EncryptionContext, Error, Head, Input, KeyId, KeyName, KeyRef, NewKey, Options, Output,
-    SecretVec, Status,
-};
+use crate::{Client, Error, KeyName, KeyRef, Options, SecretVec, Status};
+
+/// How often `wait` looks again.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// The whole program: arguments, work, message, exit status.
 #[must_use]
@@ -47,179 +51,123 @@ pub fn main() -> ExitCode {
         Ok(arguments) => arguments,
         Err(error) => return ui::usage(&error),
     };
-    let ui = Ui::new(arguments.global.json);
+    let ui = Ui::new(&arguments.global);
     match run(&arguments, &ui) {
         Ok(code) => code,
         Err(failure) => ui.failure(&failure),
     }
 }
 
-/// Talks to kms-agent, which keeps keys and uses them
-#[derive(Parser)]
-#[command(name = "kmsctl", version, propagate_version = true, disable_help_subcommand = true)]
-struct Arguments {
-    #[command(flatten)]
-    global: Global,
-    #[command(subcommand)]
-    command: Command,
-}
-
-#[derive(Args)]
-struct Global {
-    /// The agent's socket; else KMS_AUTH_SOCK, the user's agent, the system's
-    #[arg(long, global = true, value_name = "PATH")]
-    socket: Option<PathBuf>,
-    /// Trust an agent that runs as this user
-    #[arg(long, global = true, value_name = "USER")]
-    server_uid: Option<String>,
-    /// Print JSON
-    #[arg(long, global = true)]
-    json: bool,
-}
-
-#[derive(Subcommand)]
-enum Command {
-    /// Make a key in the agent
-    Add(AddKey),
-    /// List the keys
-    List,
-    /// Show a key and its versions
-    Describe {
-        /// The key
-        name: String,
-    },
-    /// Take a key away
-    Remove {
-        /// The key
-        name: String,
-    },
-    /// Encrypt a file or standard input
-    Encrypt(Encrypt),
-    /// Decrypt a file or standard input
-    Decrypt(Decrypt),
-    /// Take every key out of reach, under a passphrase
-    Lock(PassphraseSource),
-    /// End the lock
-    Unlock(PassphraseSource),
-    /// Ask whether the agent is there
-    Ping,
-    /// Show the state of the agent: exits with 0 unlocked, 3 locked, 2 none
-    Status,
-}
-
-#[derive(Args)]
-struct AddKey {
-    /// The name of the new key
-    name: String,
-    /// Never write the key to disk
-    #[arg(long)]
-    memory: bool,
-    /// Take the key's 32 bytes from FILE, or from standard input if it is `-`
-    #[arg(long, value_name = "FILE")]
-    import: Option<OsString>,
-    /// The imported key is 64 hexadecimal digits
-    #[arg(long, requires = "import")]
-    hex: bool,
-    /// A key of that name is as good as a new one
-    #[arg(long)]
-    if_missing: bool,
-}
-
-#[derive(Args)]
-struct Encrypt {
-    /// The key
-    #[arg(short, long, visible_alias = "keyid", value_name = "NAME")]
-    key: String,
-    #[command(flatten)]
-    common: Common,
-}
-
-#[derive(Args)]
-struct Decrypt {
-    #[command(flatten)]
-    which: Which,
-    #[command(flatten)]
-    common: Common,
-}
-
-#[derive(Args)]
-#[group(required = true, multiple = false)]
-struct Which {
-    /// The key
-    #[arg(short, long, visible_alias = "keyid", value_name = "NAME")]
-    key: Option<String>,
-    /// Take the key that the ciphertext names, and say which that is
-    #[arg(long)]
-    any_key: bool,
-}
-
-#[derive(Args)]
-struct Common {
-    /// What to read; else, or if it is `-`, standard input
-    file: Option<OsString>,
-    /// A pair of the encryption context
-    #[arg(short = 'C', long = "context", value_name = "KEY=VALUE")]
-    context: Vec<OsString>,
-    /// Where to write; else, or if it is `-`, standard output
-    #[arg(short, long, value_name = "FILE")]
-    output: Option<OsString>,
-    /// The data stays in this program
-    #[arg(long, conflicts_with = "remote")]
-    local: bool,
-    /// The data goes through the agent
-    #[arg(long)]
-    remote: bool,
-}
-
 fn run(arguments: &Arguments, ui: &Ui) -> Result<ExitCode, Failure> {
     let global = &arguments.global;
+    if global.dry_run && !arguments.command.changes_something() {
+        return Err(Failure::NothingToPrevent);
+    }
     match &arguments.command {
         Command::Add(add) => add.run(global, ui)?,
-        Command::List => {
-            // All of it before any of it: half a listing looks like a whole one.
-            let keys = connect(global)?.list().collect::<Result<Vec<_>, _>>()?;
-            ui.keys(&keys)?;
-        }
-        Command::Describe { name } => {
-            let key = key_name(name)?;
-            let description = connect(global)?.describe(key).map_err(|error| Failure::of_key(name, error))?;
-            ui.description(&description)?;
-        }
-        Command::Remove { name } => {
-            let key = key_name(name)?;
-            let removed = connect(global)?.remove(key).map_err(|error| Failure::of_key(name, error))?;
-            ui.removed(name, removed)?;
-        }
+        Command::List => keys::list(global, ui)?,
+        Command::Describe { name } => keys::describe(name, global, ui)?,
+        Command::Rotate { name } => keys::rotate(name, global, ui)?,
+        Command::Rename { name, new } => keys::rename(name, new, global, ui)?,
+        Command::Remove(remove) => remove.run(global, ui)?,
+        Command::Export(export) => export.run(global, ui)?,
         Command::Encrypt(encrypt) => encrypt.run(global, ui)?,
         Command::Decrypt(decrypt) => decrypt.run(global, ui)?,
-        Command::Lock(source) => {
-            let mut client = connect(global)?;
-            // Not after somebody has thought of a passphrase.
-            if client.is_locked()? {
-                ui.lock(true, false)?;
-            } else {
-                let changed = change_lock(global, client, &source.read(true)?, Client::lock)?;
-                ui.lock(true, changed)?;
-            }
-        }
-        Command::Unlock(source) => {
-            let client = connect(global)?;
-            ui.who_asks(client.socket(), client.server_uid());
-            let changed = change_lock(global, client, &source.read(false)?, Client::unlock)?;
-            ui.lock(false, changed)?;
-        }
+        Command::Wrap(wrap) => wrap.run(global, ui)?,
+        Command::Unwrap(unwrap) => unwrap.run(global, ui)?,
+        Command::Datakey(data_key) => data_key.run(global, ui)?,
+        Command::Rewrap(rewrap) => return rewrap.run(global, ui),
+        Command::Verify(verify) => verify.run(global, ui)?,
+        Command::Mac(mac) => mac.run(global, ui)?,
+        Command::Random(random) => random.run(global, ui)?,
+        Command::Lock(source) => lock(source, global, ui)?,
+        Command::Unlock(source) => unlock(source, global, ui)?,
         Command::Ping => {
-            let mut client = connect(global)?;
+            let mut client = connect(global, ui)?;
             client.ping()?;
             ui.pong(client.socket(), client.server_uid())?;
         }
+        Command::Wait { unlocked } => {
+            let client = wait(*unlocked, global, ui)?;
+            ui.pong(client.socket(), client.server_uid())?;
+        }
         Command::Status => return status(global, ui),
+        Command::Stats { openmetrics } => {
+            let stats = connect(global, ui)?.stats()?;
+            ui.stats(&stats, *openmetrics)?;
+        }
+        Command::Env(env) => {
+            let client = connect(global, ui)?;
+            ui.environment(env, client.socket())?;
+        }
+        Command::Completions { shell } => manual::completions(*shell)?,
+        Command::Man(man) => man.run(ui)?,
     }
     Ok(ExitCode::SUCCESS)
 }
 
+fn lock(source: &PassphraseSource, global: &Global, ui: &Ui) -> Result<(), Failure> {
+    let mut client = connect(global, ui)?;
+    // Not after somebody has thought of a passphrase.
+    if client.is_locked()? {
+        return Ok(ui.lock(true, false)?);
+    }
+    if global.dry_run {
+        return Ok(ui.would_lock(true)?);
+    }
+    let changed = change_lock(global, client, &source.read(true)?, Client::lock)?;
+    Ok(ui.lock(true, changed)?)
+}
+
+fn unlock(source: &PassphraseSource, global: &Global, ui: &Ui) -> Result<(), Failure> {
+    let mut client = connect(global, ui)?;
+    if global.dry_run {
+        return match client.is_locked()? {
+            true => Ok(ui.would_lock(false)?),
+            false => Ok(ui.lock(false, false)?),
+        };
+    }
+    ui.who_asks(client.socket(), client.server_uid());
+    let changed = change_lock(global, client, &source.read(false)?, Client::unlock)?;
+    Ok(ui.lock(false, changed)?)
+}
+
+/// Waits until the agent is there, and if that is wanted until it is unlocked.
+fn wait(unlocked: bool, global: &Global, ui: &Ui) -> Result<Client, Failure> {
+    let start = Instant::now();
+    let is_over = || global.timeout.is_some_and(|limit| start.elapsed() >= limit);
+    loop {
+        match connect(global, ui) {
+            Ok(mut client) => loop {
+                if !unlocked {
+                    return Ok(client);
+                }
+                match client.is_locked() {
+                    Ok(false) => return Ok(client),
+                    Ok(true) if is_over() => {
+                        let (operation, status) = (crate::Opcode::Status, Status::Locked);
+                        let retry_after = Duration::ZERO;
+                        return Err(Error::Refused { operation, status, retry_after }.into());
+                    }
+                    Ok(true) => nap(),
+                    // It has ended; another one may come.
+                    Err(Error::Closed) => break,
+                    Err(error) => return Err(error.into()),
+                }
+            },
+            // What is there and not to be trusted will not become better.
+            Err(Failure::Client(Error::NoAgent | Error::Connect { .. })) if !is_over() => nap(),
+            Err(failure) => return Err(failure),
+        }
+    }
+}
+
+fn nap() {
+    let _ = poll(&mut [], PollTimeout::try_from(LOOK_AGAIN).unwrap_or(PollTimeout::ZERO));
+}
+
 fn status(global: &Global, ui: &Ui) -> Result<ExitCode, Failure> {
-    let mut client = match connect(global) {
+    let mut client = match connect(global, ui) {
         Ok(client) => client,
         Err(failure) => {
             ui.no_status(&failure)?;
@@ -228,150 +176,6 @@ fn status(global: &Global, ui: &Ui) -> Result<ExitCode, Failure> {
     };
     let status = client.status()?;
     Ok(ui.status(client.socket(), client.server_uid(), &status)?)
-}
-
-impl AddKey {
-    fn run(&self, global: &Global, ui: &Ui) -> Result<(), Failure> {
-        let _ = key_name(&self.name)?;
-        let import = self.import.as_deref().map(|name| secrets::import(name, self.hex)).transpose()?;
-        let key = NewKey {
-            name: &self.name,
-            import: import.as_ref(),
-            memory_only: self.memory,
-            if_missing: self.if_missing,
-            ..NewKey::new(&self.name)
-        };
-        let added = connect(global)?.add(&key).map_err(|error| Failure::of_key(&self.name, error))?;
-        Ok(ui.added(&self.name, &added)?)
-    }
-}
-
-impl Encrypt {
-    fn run(&self, global: &Global, ui: &Ui) -> Result<(), Failure> {
-        let key = key_name(&self.key)?;
-        let context = self.common.context()?;
-        let destination = Destination::new(self.common.output.as_deref())?;
-        let input = open_input(self.common.file.as_deref())?;
-        let mut client = connect(global)?;
-        let failed = |error| Failure::of_key(&self.key, error);
-        if !self.common.remote {
-            match client.stream_new(key, context.as_ref()) {
-                Err(error) if self.common.may_go_remote(&error) => {}
-                stream => {
-                    let stream = stream.map_err(failed)?;
-                    let progress = ui.progress(input.remaining(), &destination);
-                    destination.fill(|output| stream.run(input, output, &progress))?;
-                    return Ok(());
-                }
-            }
-        }
-        let stream = client.remote_stream_new(key, context.as_ref()).map_err(failed)?;
-        let progress = ui.progress(input.remaining(), &destination);
-        destination.fill(|output| stream.run(input, output, &progress))?;
-        Ok(())
-    }
-}
-
-impl Decrypt {
-    fn run(&self, global: &Global, ui: &Ui) -> Result<(), Failure> {
-        let name = self.which.key.as_deref();
-        if let Some(name) = name {
-            let _ = key_name(name)?;
-        }
-        let context = self.common.context()?;
-        let destination = Destination::new(self.common.output.as_deref())?;
-        let mut input = open_input(self.common.file.as_deref())?;
-        let head = input.head()?;
-        let (Head::Message(header) | Head::Stream(header, _)) = &head;
-        let version = header.key_version;
-        let mut client = connect(global)?;
-        let (key, subject) = match name {
-            Some(name) => (KeyRef::Name(name), name.to_owned()),
-            None => (KeyRef::Id(*header.key_id.as_bytes()), named_key(&mut client, ui, header.key_id)?),
-        };
-        let failed = |client: &mut Client, error: Error| {
-            // The agent says the same of a key and of a version that it does not have.
-            let is_version = error.status() == Some(Status::NotFound) && client.describe(key).is_ok();
-            match is_version {
-                true => Failure::NoVersion { name: subject.clone(), version },
-                false => Failure::of_key(&subject, error),
-            }
-        };
-        let stream = match head {
-            Head::Stream(_, stream) => stream,
-            Head::Message(header) => {
-                let ciphertext = message(&header.to_bytes(), &mut input)?;
-                let opened = client.decrypt(key, context.as_ref(), ciphertext.expose_secret());
-                let plaintext = opened.map_err(|error| failed(&mut client, error))?;
-                return destination.fill(|output: Output<'_>| output.put(plaintext.expose_secret()));
-            }
-        };
-        if !self.common.remote {
-            match client.stream_open(key, context.as_ref(), &stream) {
-                Err(error) if self.common.may_go_remote(&error) => {}
-                stream => {
-                    let stream = stream.map_err(|error| failed(&mut client, error))?;
-                    let progress = ui.progress(input.remaining(), &destination);
-                    destination.fill(|output| stream.run(input, output, &progress))?;
-                    return Ok(());
-                }
-            }
-        }
-        let stream = match client.remote_stream_open(key, context.as_ref(), &stream) {
-            Ok(stream) => stream,
-            Err(error) => return Err(failed(&mut client, error)),
-        };
-        let progress = ui.progress(input.remaining(), &destination);
-        destination.fill(|output| stream.run(input, output, &progress))?;
-        Ok(())
-    }
-}
-
-impl Common {
-    fn context(&self) -> Result<EncryptionContext, Failure> {
-        let mut pairs = Vec::new();
-        for pair in &self.context {
-            let bytes = pair.as_bytes();
-            let at = bytes.iter().position(|byte| *byte == b'=').ok_or(Failure::NotAPair)?;
-            let (key, value) = bytes.split_at_checked(at).ok_or(Failure::NotAPair)?;
-            pairs.push((key, value.strip_prefix(b"=").unwrap_or_default()));
-        }
-        EncryptionContext::from_pairs(pairs).map_err(Failure::Context)
-    }
-
-    /// Whoever may not have a message key may still use it in the agent, unless the user has said which way.
-    fn may_go_remote(&self, error: &Error) -> bool {
-        !self.local && error.status() == Some(Status::Denied)
-    }
-}
-
-/// The whole of a message whose header was read.
-fn message(header: &[u8], input: &mut Input<'_>) -> Result<SecretVec, Failure> {
-    let max = message_len(MESSAGE_MAX);
-    let body = input.rest("message", max.saturating_sub(header.len())).map_err(|error| match error {
-        Error::TooLong { .. } => Failure::LongMessage { max },
-        error => Failure::Client(error),
-    })?;
-    let mut whole = SecretVec::with_capacity(max);
-    let parts = [header, body.expose_secret()];
-    parts.iter().try_for_each(|part| whole.push_slice(part)).map_err(|_| Error::InvalidCiphertext)?;
-    Ok(whole)
-}
-
-/// Says which key a ciphertext names, by the name that the agent knows it by.
-fn named_key(client: &mut Client, ui: &Ui, id: KeyId) -> Result<String, Failure> {
-    match client.describe(KeyRef::Id(*id.as_bytes())) {
-        Ok(description) => {
-            ui.key_used(Some(&description.key.name), id);
-            Ok(description.key.name)
-        }
-        // To use a key and to see its name are two rights.
-        Err(Error::Refused { status: Status::Denied | Status::NotFound, .. }) => {
-            ui.key_used(None, id);
-            Ok(id.to_string())
-        }
-        Err(error) => Err(error.into()),
-    }
 }
 
 /// Locks or unlocks, and waits out the time that the agent asks for after wrong passphrases, as long as an answer may take.
@@ -395,8 +199,10 @@ fn change_lock(
     }
 }
 
-fn connect(global: &Global) -> Result<Client, Failure> {
-    Ok(Client::connect(&options(global)?)?)
+fn connect(global: &Global, ui: &Ui) -> Result<Client, Failure> {
+    let client = Client::connect(&options(global)?)?;
+    ui.connected(client.socket(), client.server_uid());
+    Ok(client)
 }
 
 fn options(global: &Global) -> Result<Options, Failure> {
@@ -404,7 +210,9 @@ fn options(global: &Global) -> Result<Options, Failure> {
     if global.socket.as_ref().is_some_and(|path| path.as_os_str().is_empty()) {
         return Err(Failure::EmptyName);
     }
-    Ok(Options { socket: global.socket.clone(), server_uid, ..Options::default() })
+    let usual = Options::default();
+    let timeout = global.timeout.unwrap_or(usual.timeout);
+    Ok(Options { socket: global.socket.clone(), server_uid, timeout, retry: usual.retry.min(timeout) })
 }
 
 fn user_id(text: &str) -> Result<u32, Failure> {
@@ -424,46 +232,7 @@ fn key_name(name: &str) -> Result<KeyRef<'_>, Failure> {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
-
-    #[test]
-    fn the_command_line_is_consistent_and_global_arguments_stand_anywhere() {
-        Arguments::command().debug_assert();
-        for line in [["kmsctl", "--json", "list"], ["kmsctl", "list", "--json"]] {
-            assert!(Arguments::try_parse_from(line).unwrap().global.json);
-        }
-        for line in
-            ["encrypt", "decrypt", "decrypt -k a --any-key", "encrypt -k a --local --remote", "add a --hex"]
-        {
-            assert!(
-                Arguments::try_parse_from(["kmsctl"].into_iter().chain(line.split(' '))).is_err(),
-                "{line}"
-            );
-        }
-        for line in ["encrypt --keyid a", "encrypt --key a -", "decrypt --any-key -C a=b -C c=d"] {
-            assert!(
-                Arguments::try_parse_from(["kmsctl"].into_iter().chain(line.split(' '))).is_ok(),
-                "{line}"
-            );
-        }
-    }
-
-    #[test]
-    fn passphrases_are_not_taken_from_arguments() {
-        for line in [
-            "unlock --pass x",
-            "unlock x",
-            "lock --passphrase x",
-            "unlock --passphrase-file a --passphrase-fd 3",
-        ] {
-            assert!(
-                Arguments::try_parse_from(["kmsctl"].into_iter().chain(line.split(' '))).is_err(),
-                "{line}"
-            );
-        }
-    }
 
     #[test]
     fn users_are_named_or_numbered() {

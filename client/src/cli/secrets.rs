@@ -5,7 +5,7 @@
 use std::{
     ffi::{OsStr, OsString},
     fs::File,
-    io::{self, Read},
+    io::{self, BufRead, BufReader, Read, Write},
 };
 
 use kms_envelope::KEY_LEN;
@@ -17,6 +17,9 @@ use crate::{Secret, SecretVec, sys};
 
 /// Bytes of a key file that are looked at; digits may have white space behind them.
 const KEY_FILE_MAX: usize = 4096;
+
+/// Bytes of an answer to a question that are looked at.
+const ANSWER_MAX: u64 = 64;
 
 /// Where a passphrase comes from.
 #[derive(clap::Args)]
@@ -31,6 +34,11 @@ pub(super) struct PassphraseSource {
 }
 
 impl PassphraseSource {
+    /// Whether the user has said where it comes from.
+    pub(super) fn is_named(&self) -> bool {
+        self.passphrase_file.is_some() || self.passphrase_fd.is_some()
+    }
+
     /// The passphrase; a new one is asked for twice.
     pub(super) fn read(&self, new: bool) -> Result<SecretVec, Failure> {
         let file = match (&self.passphrase_file, self.passphrase_fd) {
@@ -69,6 +77,15 @@ fn ask(new: bool) -> Result<SecretVec, Failure> {
     Ok(first)
 }
 
+/// Whether somebody at the terminal types `yes`.
+pub(super) fn confirm(prompt: &str) -> Result<bool, Failure> {
+    let mut terminal = File::options().read(true).write(true).open("/dev/tty").map_err(Failure::NoYes)?;
+    terminal.write_all(prompt.as_bytes()).map_err(Failure::NoYes)?;
+    let mut answer = String::new();
+    let _ = BufReader::new(terminal).take(ANSWER_MAX).read_line(&mut answer).map_err(Failure::NoYes)?;
+    Ok(answer.trim() == "yes")
+}
+
 fn ask_once(prompt: &str) -> Result<SecretVec, Failure> {
     let answer = interrupt::with_terminal(|| rpassword::prompt_password(prompt));
     let answer = Zeroizing::new(answer.map_err(|error| match error.kind() {
@@ -101,14 +118,7 @@ fn parse_key(bytes: &[u8], hex: bool) -> Result<Secret<KEY_LEN>, Failure> {
         return Err(Failure::KeyDigits { got: digits.len(), most: KEY_FILE_MAX });
     }
     let mut key = Secret::zeroed();
-    for (byte, pair) in key.expose_secret_mut().iter_mut().zip(digits.chunks_exact(2)) {
-        let mut value = 0_u8;
-        for digit in pair {
-            let digit = char::from(*digit).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
-            value = value << 4 | digit.ok_or(Failure::NotADigit)?;
-        }
-        *byte = value;
-    }
+    base16ct::mixed::decode(digits, key.expose_secret_mut()).map_err(|_| Failure::NotADigit)?;
     Ok(key)
 }
 

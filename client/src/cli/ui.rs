@@ -1,7 +1,7 @@
-//! Everything that `kmsctl` prints: results on standard output, `kmsctl: error: …` and `kmsctl: hint: …` on standard error.
+//! How `kmsctl` speaks: `kmsctl: error: …`, `kmsctl: hint: …` and notes on standard error, results on standard output.
 //!
-//! Owns the table of statuses with message, hint and exit status (`docs/protocol.md`, section 3). Results can be JSON, errors are
-//! always text. Names, paths and whatever else others chose are printed so that they cannot steer a terminal. No secret
+//! Owns the table of statuses with message, hint and exit status (`docs/protocol.md`, section 3), and the progress bars. Errors are
+//! always text; results, which can be JSON, are put together in `results`. Names, paths and whatever else others chose are printed so that they cannot steer a terminal. No secret
 //! comes here.
 
 use std::{
@@ -18,23 +18,22 @@ use std::{
 
 use clap::error::{ContextKind, ErrorKind};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use jiff::Timestamp;
-use kms_envelope::{ContextError, HeaderError, KeyVersion};
+use kms_envelope::{ContextError, HeaderError, KeyId};
 use kms_protocol::{NameError, PASSPHRASE_MAX};
-use serde::Serialize;
+use nix::errno::Errno;
 use thiserror::Error;
 
-use super::files::Destination;
-use crate::{
-    Added, Description, Error, KeyId, KeyRow, KeyState, LockState, Opcode, Progress, Removed, Status,
-    StatusReply,
-};
+use super::{arguments::Global, files::Destination};
+use crate::{Error, Opcode, Progress, Status};
 
 /// Exit status for bad usage.
 const USAGE: u8 = 64;
 
 /// A shorter stream is done before a progress bar could be read, in bytes.
 const PROGRESS_FROM: u64 = 64 << 20;
+
+/// As [`PROGRESS_FROM`], of files.
+const FILES_FROM: u64 = 500;
 
 /// How to get an agent.
 const START_HINT: &str =
@@ -52,8 +51,56 @@ pub(super) enum Failure {
     /// As [`Failure::Client`], about a key.
     #[error("{error}")]
     Key { name: String, error: Error },
+    #[error("{} is a folder", path.display())]
+    IsFolder { path: PathBuf },
+    #[error("{} is not a file", path.display())]
+    NotAFile { path: PathBuf },
+    #[error("{} was changed by somebody else meanwhile", path.display())]
+    Changing { path: PathBuf },
+    #[error("somebody else holds a lock on {}", path.display())]
+    InUse { path: PathBuf },
+    #[error("{} belongs to another user", path.display())]
+    ForeignSideFile { path: PathBuf },
+    #[error("{} is to finish what was begun with {}, which is not there any more", side.display(), file.display())]
+    LostFile { side: PathBuf, file: PathBuf },
+    #[error("standard input can be the only one")]
+    StandardInputAlone,
+    #[error("--dry-run has nothing to prevent here")]
+    NothingToPrevent,
+    #[error("the key {name} was not made to be exported")]
+    NotExportable { name: String },
+    #[error("the export of {name} was not confirmed")]
+    NotConfirmed { name: String },
+    #[error("--confirm names another key than {name}")]
+    OtherKeyConfirmed { name: String },
+    #[error("cannot ask whether to go on")]
+    NoYes(#[source] io::Error),
+    #[error("a version is a number from 1 on")]
+    NotAVersion,
+    #[error("this is encrypted data or the tag of an input, not a wrapped key")]
+    NotAKey,
+    #[error("this is the tag of an input, not a ciphertext")]
+    IsTag,
+    #[error("there is nothing to wrap")]
+    NothingToWrap,
+    #[error("the wrapped key needs a file of its own")]
+    NoPlaceForWrapped,
+    #[error("the tag is not one line of base64 that `kmsctl mac` has printed")]
+    NotATag,
+    #[error("the input is not one line of base64")]
+    NotText,
+    #[error("one line of text holds {max} bytes at most")]
+    LongText { max: usize },
+    #[error("a secret does not go to a terminal")]
+    SecretTerminal,
+    #[error("standard input is closed")]
+    ClosedInput,
+    #[error("there is no manual page of that name")]
+    NoPage,
+    #[error("the key {name} has no version {version}")]
+    NoSuchVersion { name: String, version: u32 },
     #[error("the key {name} has no version {version}, which the ciphertext names")]
-    NoVersion { name: String, version: KeyVersion },
+    NoVersion { name: String, version: u32 },
     #[error("the ciphertext is longer than the {max} bytes of the longest message")]
     LongMessage { max: usize },
     #[error(transparent)]
@@ -99,7 +146,30 @@ impl Failure {
         Self::Key { name: name.to_owned(), error }
     }
 
-    fn exit_code(&self) -> u8 {
+    /// The answer of the agent, where it is what failed.
+    pub(super) fn status(&self) -> Option<Status> {
+        match self {
+            Self::Client(error) | Self::Key { error, .. } => error.status(),
+            _ => None,
+        }
+    }
+
+    /// Whether this is not about one file of many, but about the agent, or the one key that all are under.
+    pub(super) fn concerns_all(&self, any_key: bool) -> bool {
+        let (Self::Client(error) | Self::Key { error, .. }) = self else { return false };
+        match error {
+            Error::Refused { status: Status::Denied | Status::Declined | Status::Limit, .. } => !any_key,
+            Error::Refused { .. } => matches!(error.exit_code(), 3 | 75),
+            Error::Timeout { .. }
+            | Error::Closed
+            | Error::Broken
+            | Error::Reply(_)
+            | Error::Connection(_) => true,
+            _ => error.exit_code() == 2,
+        }
+    }
+
+    pub(super) fn exit_code(&self) -> u8 {
         match self {
             Self::Client(error) | Self::Key { error, .. } => error.exit_code(),
             Self::Name(_)
@@ -107,8 +177,19 @@ impl Failure {
             | Self::NotAPair
             | Self::NoUser { .. }
             | Self::EmptyName
-            | Self::Terminal => USAGE,
+            | Self::Terminal
+            | Self::SecretTerminal
+            | Self::IsFolder { .. }
+            | Self::StandardInputAlone
+            | Self::NothingToPrevent
+            | Self::OtherKeyConfirmed { .. }
+            | Self::NotAVersion
+            | Self::NoPlaceForWrapped
+            | Self::NotATag
+            | Self::ClosedInput
+            | Self::NoPage => USAGE,
             Self::NoVersion { .. }
+            | Self::NoSuchVersion { .. }
             | Self::LongMessage { .. }
             | Self::Open { .. }
             | Self::Create { .. }
@@ -121,7 +202,20 @@ impl Failure {
             | Self::Interrupted
             | Self::KeyLength { .. }
             | Self::KeyDigits { .. }
-            | Self::NotADigit => 1,
+            | Self::NotADigit
+            | Self::NotAFile { .. }
+            | Self::Changing { .. }
+            | Self::InUse { .. }
+            | Self::ForeignSideFile { .. }
+            | Self::LostFile { .. }
+            | Self::NotExportable { .. }
+            | Self::NotConfirmed { .. }
+            | Self::NoYes(_)
+            | Self::NotAKey
+            | Self::IsTag
+            | Self::NothingToWrap
+            | Self::NotText
+            | Self::LongText { .. } => 1,
         }
     }
 
@@ -140,7 +234,42 @@ impl Failure {
     fn hint(&self) -> Option<&'static str> {
         match self {
             Self::Client(error) | Self::Key { error, .. } => client_hint(error),
-            Self::NoVersion { .. } => Some("`kmsctl describe NAME` shows the versions that there are"),
+            Self::NoVersion { .. } | Self::NoSuchVersion { .. } => {
+                Some("`kmsctl describe NAME` shows the versions that there are")
+            }
+            Self::IsFolder { .. } => Some("add -r for every file below it"),
+            Self::NotAFile { .. } => Some("rewrap changes files only"),
+            Self::Changing { .. } | Self::InUse { .. } => Some("try again when nothing else works on it"),
+            Self::ForeignSideFile { .. } => {
+                Some("ask that user to run the same `kmsctl rewrap`, or remove it if it is none of kmsctl's")
+            }
+            Self::LostFile { .. } => Some(
+                "move the file back and rewrap it again, since its head may be written in part; without the file, remove the \
+                 other one",
+            ),
+            Self::StandardInputAlone => Some("without a name, standard input goes to standard output"),
+            Self::NothingToPrevent => {
+                Some("it is for add, rotate, rename, remove, rewrap of files, lock and unlock")
+            }
+            Self::NotExportable { .. } => Some("only `kmsctl add --exportable` makes a key that can leave"),
+            Self::NotConfirmed { .. } | Self::OtherKeyConfirmed { .. } | Self::NoYes(_) => {
+                Some("say yes on the terminal, or give the key's name once more with --confirm NAME")
+            }
+            Self::NotAVersion => {
+                Some("as in backup@2; `kmsctl describe NAME` shows the versions that there are")
+            }
+            Self::NotAKey => Some("`kmsctl decrypt` opens data, `kmsctl mac --check` checks a tag"),
+            Self::IsTag => Some("`kmsctl mac --check` checks it"),
+            Self::NothingToWrap => Some("a key has at least one byte; `kmsctl datakey` makes one"),
+            Self::NoPlaceForWrapped => Some(
+                "name it with --wrapped FILE; or let both be printed with --json, or none but it with --wrapped-only",
+            ),
+            Self::NotATag => Some("a tag has 80 characters and begins with kmsc"),
+            Self::NotText => Some("without --text the ciphertext itself is read"),
+            Self::LongText { .. } => Some("without --text or --hex there is no such limit"),
+            Self::SecretTerminal => Some("write to a file or to a pipe"),
+            Self::ClosedInput => Some("name a file; for no input at all, `</dev/null` says so"),
+            Self::NoPage => Some("`kmsctl --help` lists the commands"),
             Self::LongMessage { .. } => {
                 Some("something else stands behind the message; take another copy of the file")
             }
@@ -198,6 +327,48 @@ fn advice(operation: Option<Opcode>, status: Status) -> Option<Advice> {
         (Some(Opcode::Add), Status::StoreUnavailable) => {
             ("this agent keeps no keystore", "add --memory for a key that lives in memory only")
         }
+        (Some(Opcode::MacVerify), Status::WrongKey) => {
+            ("the tag was made under another key", "name the key that it was made under with -k")
+        }
+        (Some(Opcode::Verify), Status::WrongKey) => (
+            "the ciphertext was made under another key",
+            "name that key with -k, or leave -k out to take what the ciphertext names",
+        ),
+        (Some(Opcode::MacVerify), Status::InvalidCiphertext) => (
+            "the tag is not that of this input in this encryption context",
+            "give the input and the -C pairs that the tag was made for",
+        ),
+        (Some(Opcode::Export), Status::Denied) => (
+            "the key was not made to be exported, or the passphrase is wrong",
+            "give the passphrase that the agent was last locked with; each wrong one costs time",
+        ),
+        (Some(Opcode::Export), Status::Malformed) => (
+            "the agent was not locked since its start, so there is no passphrase to give",
+            "leave --passphrase-file and --passphrase-fd out",
+        ),
+        (
+            Some(
+                Opcode::Encrypt
+                | Opcode::Decrypt
+                | Opcode::StreamNew
+                | Opcode::StreamOpen
+                | Opcode::RemoteStreamNew
+                | Opcode::RemoteStreamOpen
+                | Opcode::Wrap
+                | Opcode::Unwrap
+                | Opcode::DataKey
+                | Opcode::DataKeyWrapped
+                | Opcode::Rewrap
+                | Opcode::Verify
+                | Opcode::Mac
+                | Opcode::MacVerify
+                | Opcode::Export,
+            ),
+            Status::Limit,
+        ) => (
+            "the key was used as often as it may be",
+            "`kmsctl describe NAME` shows how often that is; a rotation does not begin the count anew",
+        ),
         (_, Status::Ok) => return None,
         (_, Status::Malformed) => (
             "the request or the ciphertext does not have the form that it must have",
@@ -299,7 +470,11 @@ fn client_hint(error: &Error) -> Option<&'static str> {
         Error::NotACiphertext(
             HeaderError::Format(_) | HeaderError::Suite(_) | HeaderError::Purpose(_) | HeaderError::Flags(_),
         ) => Some("a later release may have written it; `kmsctl --version` tells which one this is"),
-        Error::NotACiphertext(_) | Error::NotData => Some("decrypt takes what `kmsctl encrypt` has written"),
+        Error::NotACiphertext(_) => Some("name a file that `kmsctl` has written"),
+        Error::NotData => {
+            Some("`kmsctl unwrap` opens a wrapped key; decrypt takes what `kmsctl encrypt` has written")
+        }
+        Error::TooLong { .. } => Some("`kmsctl encrypt` takes any length"),
         Error::Timeout { .. } | Error::Closed | Error::Broken | Error::Reply(_) | Error::Connection(_) => {
             Some("`kmsctl ping` tells whether the agent is there; its log may say more")
         }
@@ -328,14 +503,22 @@ fn writing_hint(error: &io::Error) -> &'static str {
 }
 
 /// The message of an error and of what it came from.
-fn with_sources(error: &dyn StdError) -> String {
-    let mut message = error.to_string();
+fn with_sources(error: &(dyn StdError + 'static)) -> String {
+    let mut message = plain(error);
     let mut source = error.source();
     while let Some(error) = source {
-        let _ = write!(message, ": {error}");
+        let _ = write!(message, ": {}", plain(error));
         source = error.source();
     }
     message
+}
+
+/// What the kernel said without its number, which tells nobody anything.
+fn plain(error: &(dyn StdError + 'static)) -> String {
+    match error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) {
+        Some(number) => Errno::from_raw(number).desc().to_owned(),
+        None => error.to_string(),
+    }
 }
 
 /// Prints what is wrong with a command line, or the help that it asks for.
@@ -384,18 +567,18 @@ fn complain(message: &str, hint: Option<&str>) {
     let _ = io::stderr().lock().write_all(text.as_bytes());
 }
 
-fn note(message: &str) {
-    let _ = writeln!(io::stderr().lock(), "kmsctl: note: {}", harmless(message));
+pub(super) fn print(text: &str) -> io::Result<()> {
+    print_bytes(text.as_bytes())
 }
 
-fn print(text: &str) -> io::Result<()> {
+pub(super) fn print_bytes(bytes: &[u8]) -> io::Result<()> {
     let mut out = io::stdout().lock();
-    out.write_all(text.as_bytes())?;
+    out.write_all(bytes)?;
     out.flush()
 }
 
 /// The text with every character escaped that a terminal would obey: controls, and those that change the direction of text.
-fn harmless(text: &str) -> String {
+pub(super) fn harmless(text: &str) -> String {
     let mut clean = String::with_capacity(text.len());
     for char in text.chars() {
         match char {
@@ -409,14 +592,70 @@ fn harmless(text: &str) -> String {
     clean
 }
 
-/// Prints results, in one of two forms.
+/// A ciphertext that was looked at.
+pub(super) struct Verdict {
+    pub(super) key: Option<String>,
+    pub(super) id: KeyId,
+    pub(super) version: u32,
+    pub(super) primary: Option<u32>,
+    /// All of it, or of a stream only the head; nothing when it does not open.
+    pub(super) checked: Option<bool>,
+}
+
+/// Prints, as much and in the form that the user wants.
 pub(super) struct Ui {
-    json: bool,
+    pub(super) json: bool,
+    quiet: bool,
+    verbose: bool,
 }
 
 impl Ui {
-    pub(super) fn new(json: bool) -> Self {
-        Self { json }
+    pub(super) fn new(global: &Global) -> Self {
+        Self { json: global.json, quiet: global.quiet, verbose: global.verbose && !global.quiet }
+    }
+
+    pub(super) fn note(&self, message: &str) {
+        if !self.quiet {
+            let _ = writeln!(io::stderr().lock(), "kmsctl: note: {}", harmless(message));
+        }
+    }
+
+    /// Which agent it is that answers.
+    pub(super) fn connected(&self, socket: &Path, uid: u32) {
+        if self.verbose {
+            self.who_asks(socket, uid);
+        }
+    }
+
+    /// Before a passphrase is typed: to whom it will go.
+    pub(super) fn who_asks(&self, socket: &Path, uid: u32) {
+        self.note(&format!("the agent is {}, uid {uid}", socket.display()));
+    }
+
+    /// Which key a ciphertext names.
+    pub(super) fn key_used(&self, name: Option<&str>, id: KeyId) {
+        match name {
+            Some(name) => self.note(&format!("the key is {name}, id {id}")),
+            None => self.note(&format!("the key has the id {id}")),
+        }
+    }
+
+    /// That a file is there, or is another one now.
+    pub(super) fn wrote(&self, path: &Path) {
+        if self.verbose {
+            self.note(&format!("wrote {}", path.display()));
+        }
+    }
+
+    /// As [`failure`](Self::failure), of one file among many.
+    pub(super) fn failure_at(&self, path: &Path, failure: &Failure) {
+        let message = failure.message();
+        // Many say it themselves.
+        let path = path.display().to_string();
+        match message.contains(&path) {
+            true => complain(&message, failure.hint()),
+            false => complain(&format!("{path}: {message}"), failure.hint()),
+        }
     }
 
     /// Prints a failure; returns the exit status that belongs to it.
@@ -425,179 +664,61 @@ impl Ui {
         ExitCode::from(failure.exit_code())
     }
 
-    pub(super) fn added(&self, name: &str, added: &Added) -> io::Result<()> {
-        let result = AddedKey {
-            name,
-            id: hex(&added.id),
-            version: added.version,
-            check_value: hex(&added.check_value),
-            created: added.created,
-        };
-        if self.json {
-            return print_json(&result);
-        }
-        if !added.created {
-            note("the key was there already");
-        }
-        print(&pairs(&[
-            ("name", name.to_owned()),
-            ("id", result.id),
-            ("version", result.version.to_string()),
-            ("check value", result.check_value),
-        ]))
-    }
-
-    pub(super) fn keys(&self, keys: &[KeyRow]) -> io::Result<()> {
-        if self.json {
-            return print_json(&keys.iter().map(Key::new).collect::<Vec<_>>());
-        }
-        if keys.is_empty() {
-            note("the agent holds no key; `kmsctl add NAME` makes one");
-            return Ok(());
-        }
-        let mut rows = vec![
-            ["NAME", "ID", "STATE", "VERSION", "CHECK VALUE", "USES", "STORED", "CREATED"]
-                .map(String::from)
-                .to_vec(),
-        ];
-        rows.extend(keys.iter().map(|key| {
-            let row = Key::new(key);
-            vec![
-                key.name.clone(),
-                row.id,
-                row.state.to_owned(),
-                format!("{} of {}", key.primary, key.versions),
-                row.check_value,
-                key.uses.to_string(),
-                if key.memory_only { "no".to_owned() } else { "yes".to_owned() },
-                row.created,
-            ]
-        }));
-        print(&table(&rows))
-    }
-
-    pub(super) fn description(&self, description: &Description) -> io::Result<()> {
-        let key = Key::new(&description.key);
-        let versions: Vec<_> = description.versions.iter().map(Version::new).collect();
-        if self.json {
-            return print_json(&Described { key, versions });
-        }
-        let mut text = pairs(&[
-            ("name", key.name.to_owned()),
-            ("id", key.id),
-            ("state", key.state.to_owned()),
-            ("primary", key.primary.to_string()),
-            ("minimum", key.minimum.to_string()),
-            ("stored", if key.memory_only { "no, memory only".to_owned() } else { "yes".to_owned() }),
-            ("created", key.created),
-            ("expires", key.expires_in.map_or_else(|| "never".to_owned(), |time| format!("in {time} s"))),
-            ("uses", key.uses.to_string()),
-        ]);
-        let mut rows =
-            vec![["VERSION", "STATE", "CHECK VALUE", "USES", "CREATED"].map(String::from).to_vec()];
-        rows.extend(versions.into_iter().map(|row| {
-            vec![
-                row.version.to_string(),
-                row.state.to_owned(),
-                row.check_value,
-                row.uses.to_string(),
-                row.created,
-            ]
-        }));
-        text.push('\n');
-        text.push_str(&table(&rows));
-        print(&text)
-    }
-
-    pub(super) fn removed(&self, name: &str, removed: Removed) -> io::Result<()> {
-        let id = hex(&removed.id);
-        match self.json {
-            true => print_json(&RemovedKey { name, id }),
-            false => print(&pairs(&[("removed", name.to_owned()), ("id", id)])),
-        }
-    }
-
-    pub(super) fn lock(&self, locked: bool, changed: bool) -> io::Result<()> {
-        let state = state_name(if locked { LockState::Locked } else { LockState::Unlocked });
-        match self.json {
-            true => print_json(&Lock { state, changed }),
-            false if changed => print(&format!("{state}\n")),
-            false => print(&format!("{state} already\n")),
-        }
-    }
-
-    /// Before a passphrase is typed: to whom it will go.
-    pub(super) fn who_asks(&self, socket: &Path, uid: u32) {
-        note(&format!("the agent is {}, uid {uid}", socket.display()));
-    }
-
-    /// Which key a ciphertext names.
-    pub(super) fn key_used(&self, name: Option<&str>, id: KeyId) {
-        match name {
-            Some(name) => note(&format!("the key is {name}, id {id}")),
-            None => note(&format!("the key has the id {id}")),
-        }
-    }
-
-    pub(super) fn pong(&self, socket: &Path, uid: u32) -> io::Result<()> {
-        let socket = socket.display().to_string();
-        match self.json {
-            true => print_json(&Server { socket, uid }),
-            false => print(&format!("the agent at {}, uid {uid}, is there\n", harmless(&socket))),
-        }
-    }
-
-    /// The state, and the exit status that says the same.
-    pub(super) fn status(&self, socket: &Path, uid: u32, status: &StatusReply) -> io::Result<ExitCode> {
-        let state = state_name(status.state);
-        let socket = socket.display().to_string();
-        if self.json {
-            let facts = status.facts.iter().map(|fact| (fact.name.as_str(), fact.value.as_str())).collect();
-            print_json(&State { state, socket: Some(socket), uid: Some(uid), facts: Some(facts) })?;
-        } else {
-            let mut lines =
-                vec![("state", state.to_owned()), ("socket", socket), ("server uid", uid.to_string())];
-            lines.extend(status.facts.iter().map(|fact| (fact.name.as_str(), fact.value.clone())));
-            print(&pairs(&lines))?;
-        }
-        Ok(match status.state {
-            LockState::Unlocked => ExitCode::SUCCESS,
-            LockState::Locked => ExitCode::from(Status::Locked.exit_code()),
-        })
-    }
-
-    /// That there is no agent is a state as well.
-    pub(super) fn no_status(&self, failure: &Failure) -> io::Result<()> {
-        match self.json && failure.exit_code() == 2 {
-            true => print_json(&State { state: "none", socket: None, uid: None, facts: None }),
-            false => Ok(()),
-        }
-    }
-
     /// A progress bar, if anybody sees one.
     pub(super) fn progress(&self, total: Option<u64>, destination: &Destination) -> Bar {
-        let seen = io::stderr().is_terminal() && !destination.is_terminal();
-        Bar { total, seen, done: AtomicU64::new(0), bar: OnceLock::new() }
+        let seen = !self.quiet && io::stderr().is_terminal() && !destination.is_terminal();
+        Bar {
+            total,
+            from: PROGRESS_FROM,
+            unit: Unit::Bytes,
+            seen,
+            done: AtomicU64::new(0),
+            bar: OnceLock::new(),
+        }
+    }
+
+    /// As [`progress`](Self::progress), of so many files.
+    pub(super) fn count_files(&self, total: usize) -> Bar {
+        let seen = !self.quiet && io::stderr().is_terminal();
+        let total = u64::try_from(total).ok();
+        Bar {
+            total,
+            from: FILES_FROM,
+            unit: Unit::Files,
+            seen,
+            done: AtomicU64::new(0),
+            bar: OnceLock::new(),
+        }
     }
 }
 
 /// A progress bar that shows up once there is enough to show.
 pub(super) struct Bar {
     total: Option<u64>,
+    /// Less than this is done before it could be read.
+    from: u64,
+    unit: Unit,
     seen: bool,
     done: AtomicU64,
     bar: OnceLock<ProgressBar>,
 }
 
+/// What is counted.
+#[derive(Clone, Copy)]
+enum Unit {
+    Bytes,
+    Files,
+}
+
 impl Progress for Bar {
-    fn advance(&self, bytes: u64) {
-        if !self.seen || self.total.is_some_and(|total| total < PROGRESS_FROM) {
+    fn advance(&self, more: u64) {
+        if !self.seen || self.total.is_some_and(|total| total < self.from) {
             return;
         }
-        let done = self.done.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
+        let done = self.done.fetch_add(more, Ordering::Relaxed).saturating_add(more);
         // Of an input whose length is unknown only the past tells whether it is long.
-        if self.total.is_some() || done >= PROGRESS_FROM {
-            self.bar.get_or_init(|| bar(self.total)).set_position(done);
+        if self.total.is_some() || done >= self.from {
+            self.bar.get_or_init(|| bar(self.total, self.unit)).set_position(done);
         }
     }
 }
@@ -610,8 +731,9 @@ impl Drop for Bar {
     }
 }
 
-fn bar(total: Option<u64>) -> ProgressBar {
+fn bar(total: Option<u64>, unit: Unit) -> ProgressBar {
     let template = match total {
+        Some(_) if matches!(unit, Unit::Files) => "{wide_bar} {pos} of {len} files, {eta}",
         Some(_) => "{wide_bar} {bytes} of {total_bytes}, {binary_bytes_per_sec}, {eta}",
         None => "{spinner} {bytes}, {binary_bytes_per_sec}",
     };
@@ -620,165 +742,6 @@ fn bar(total: Option<u64>) -> ProgressBar {
         Ok(style) => bar.with_style(style),
         Err(_) => bar,
     }
-}
-
-#[derive(Serialize)]
-struct AddedKey<'a> {
-    name: &'a str,
-    id: String,
-    version: u32,
-    check_value: String,
-    created: bool,
-}
-
-#[derive(Serialize)]
-struct Key<'a> {
-    name: &'a str,
-    id: String,
-    state: &'static str,
-    memory_only: bool,
-    primary: u32,
-    minimum: u32,
-    versions: u32,
-    check_value: String,
-    created: String,
-    expires_in: Option<u64>,
-    uses: u64,
-}
-
-impl<'a> Key<'a> {
-    fn new(row: &'a KeyRow) -> Self {
-        Self {
-            name: &row.name,
-            id: hex(&row.id),
-            state: key_state(row.state),
-            memory_only: row.memory_only,
-            primary: row.primary,
-            minimum: row.minimum,
-            versions: row.versions,
-            check_value: hex(&row.check_value),
-            created: time(row.created),
-            expires_in: row.expires_in,
-            uses: row.uses,
-        }
-    }
-}
-
-#[derive(Serialize)]
-struct Described<'a> {
-    key: Key<'a>,
-    versions: Vec<Version>,
-}
-
-#[derive(Serialize)]
-struct Version {
-    version: u32,
-    state: &'static str,
-    check_value: String,
-    created: String,
-    uses: u64,
-}
-
-impl Version {
-    fn new(row: &crate::VersionRow) -> Self {
-        Self {
-            version: row.version,
-            state: key_state(row.state),
-            check_value: hex(&row.check_value),
-            created: time(row.created),
-            uses: row.uses,
-        }
-    }
-}
-
-#[derive(Serialize)]
-struct RemovedKey<'a> {
-    name: &'a str,
-    id: String,
-}
-
-#[derive(Serialize)]
-struct Lock {
-    state: &'static str,
-    changed: bool,
-}
-
-#[derive(Serialize)]
-struct Server {
-    socket: String,
-    uid: u32,
-}
-
-#[derive(Serialize)]
-struct State<'a> {
-    state: &'static str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    socket: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    uid: Option<u32>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    facts: Option<std::collections::BTreeMap<&'a str, &'a str>>,
-}
-
-fn print_json(value: &impl Serialize) -> io::Result<()> {
-    let text = serde_json::to_string(value).map_err(io::Error::other)?;
-    print(&format!("{text}\n"))
-}
-
-fn state_name(state: LockState) -> &'static str {
-    match state {
-        LockState::Unlocked => "unlocked",
-        LockState::Locked => "locked",
-    }
-}
-
-fn key_state(state: KeyState) -> &'static str {
-    match state {
-        KeyState::Enabled => "enabled",
-        KeyState::Staged => "staged",
-        KeyState::Disabled => "disabled",
-        KeyState::Removed => "removed",
-        KeyState::Destroyed => "destroyed",
-    }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::with_capacity(bytes.len().saturating_mul(2)), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
-}
-
-fn time(seconds: u64) -> String {
-    match i64::try_from(seconds).ok().and_then(|seconds| Timestamp::from_second(seconds).ok()) {
-        Some(time) => time.to_string(),
-        None => format!("{seconds} s after 1970"),
-    }
-}
-
-/// Name and value, one pair a line.
-fn pairs(pairs: &[(&str, String)]) -> String {
-    let rows: Vec<_> = pairs.iter().map(|(name, value)| vec![(*name).to_owned(), value.clone()]).collect();
-    table(&rows)
-}
-
-/// Columns as wide as their widest cell; the last one is not padded.
-fn table(rows: &[Vec<String>]) -> String {
-    let rows: Vec<Vec<String>> =
-        rows.iter().map(|row| row.iter().map(|cell| harmless(cell)).collect()).collect();
-    let width = |column: usize| {
-        rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)
-    };
-    let mut text = String::new();
-    for row in &rows {
-        let mut line = String::new();
-        for (column, cell) in row.iter().enumerate() {
-            let _ = write!(line, "{cell:<width$}  ", width = width(column));
-        }
-        text.push_str(line.trim_end());
-        text.push('\n');
-    }
-    text
 }
 
 #[cfg(test)]
@@ -855,30 +818,6 @@ mod tests {
             source: Box::new(Error::Input(io::ErrorKind::BrokenPipe.into())),
         });
         assert_eq!(failure.message().matches("broken pipe").count(), 1);
-    }
-
-    #[test]
-    fn nothing_printed_can_steer_a_terminal() {
-        assert_eq!(harmless("a\x1b[2Jb\n\u{202e}c\u{9b}\u{7f}é"), "a\\u{1b}[2Jb\\n\\u{202e}c\\u{9b}\\u{7f}é");
-        let mut row = KeyRow {
-            name: "evil\x1b]0;".into(),
-            id: [0; 16],
-            memory_only: true,
-            state: KeyState::Enabled,
-            primary: 1,
-            minimum: 1,
-            versions: 1,
-            check_value: [0; 8],
-            created: u64::MAX,
-            expires_in: None,
-            uses: 0,
-        };
-        assert!(!table(&[vec![row.name.clone()]]).contains('\x1b'));
-        // JSON escapes them by itself.
-        let json = serde_json::to_string(&Key::new(&row)).unwrap();
-        assert!(!json.contains('\x1b') && json.contains("\\u001b"));
-        row.created = 0;
-        assert_eq!(Key::new(&row).created, "1970-01-01T00:00:00Z");
     }
 
     #[test]

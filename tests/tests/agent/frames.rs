@@ -2,22 +2,26 @@
 //! the agent.
 
 use std::{
-    io::{ErrorKind, Read, Write},
-    net::Shutdown,
+    io::Write,
     time::{Duration, Instant},
 };
 
-use kms_protocol::{Hello, KeyAndContext, KeyRef, List, NoFields, Opcode, PROTOCOL_VERSION, Status};
+use kms_protocol::{Hello, KeyAndContext, KeyRef, Opcode, PROTOCOL_VERSION, Status};
 use kms_tests::{
     Agent, Wire,
     process::{ranges, status_number, wait_until},
-    programs::tool,
     wire::{NO_CONTEXT, add_frame, frame, random},
 };
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 /// A head by hand.
-fn head(length: u32, version: u8, flags: u8, code: u16, request_id: u32, fields_length: u32) -> Vec<u8> {
+pub(crate) fn head(
+    length: u32,
+    version: u8,
+    flags: u8,
+    code: u16,
+    request_id: u32,
+    fields_length: u32,
+) -> Vec<u8> {
     let mut bytes = length.to_le_bytes().to_vec();
     bytes.extend([version, flags]);
     bytes.extend(code.to_le_bytes());
@@ -33,7 +37,7 @@ fn raw(opcode: Opcode, fields: &[u8], payload: &[u8]) -> Vec<u8> {
     [&head(length, 1, 0, opcode.code(), 77, fields_length), fields, payload].concat()
 }
 
-fn hello_frame(request_id: u32) -> Vec<u8> {
+pub(crate) fn hello_frame(request_id: u32) -> Vec<u8> {
     frame(Opcode::Hello, request_id, &Hello { version: PROTOCOL_VERSION }, &[])
 }
 
@@ -168,7 +172,7 @@ fn vectors() -> Vec<Vector> {
         goes_on("no such stream", raw(RemoteStreamClose, &[9; 4], b""), Status::NotFound),
     ];
     for (reserved, what) in
-        [(0x0006, "passwd"), (0x0014, "rotate"), (0x001D, "export"), (0x002A, "unwrap"), (0x0051, "audit")]
+        [(0x0006, "passwd"), (0x0015, "promote"), (0x001C, "set"), (0x0040, "grant"), (0x0051, "audit")]
     {
         vectors.push(goes_on(what, head(0, 1, 0, reserved, 77, 0), Status::Unsupported));
     }
@@ -312,322 +316,6 @@ fn a_frame_may_come_one_byte_at_a_time_or_many_at_once() {
             assert_eq!(other.decrypt("a", NO_CONTEXT, ciphertext).unwrap(), vec![7; *len]);
         }
     });
-}
-
-/// Memory that the agent has, in KiB: resident, and locked.
-fn memory(pid: i32) -> (u64, u64) {
-    (status_number(pid, "VmRSS"), status_number(pid, "VmLck"))
-}
-
-#[test]
-fn clients_that_never_read_do_not_fill_the_agent_and_others_are_served() {
-    let agent = Agent::start();
-    let mut other = agent.connect();
-    other.generate("a").unwrap();
-    let fields = KeyAndContext { key: KeyRef::Name("a"), context: NO_CONTEXT };
-    let before = memory(agent.pid);
-    let mut pumped = 0;
-    let mut silent = Vec::new();
-    for _ in 0..24 {
-        let wire = agent.connect();
-        wire.stream.set_nonblocking(true).unwrap();
-        silent.push(wire);
-    }
-    let request = frame(Opcode::Encrypt, 1, &fields, &[1; 60_000]);
-    // Until nobody can write another byte, and then once more round.
-    for _ in 0..2 {
-        for wire in &mut silent {
-            let mut at = 0;
-            let mut idle = Instant::now();
-            while idle.elapsed() < Duration::from_millis(30) {
-                match wire.stream.write(&request[at..]) {
-                    Ok(count) => {
-                        pumped += count;
-                        at = (at + count) % request.len();
-                        idle = Instant::now();
-                    }
-                    Err(error) if error.kind() == ErrorKind::WouldBlock => std::thread::yield_now(),
-                    // There is no memory for its answers, and it was closed.
-                    Err(_) => break,
-                }
-            }
-        }
-        let ciphertext = other.encrypt("a", NO_CONTEXT, b"still served").unwrap();
-        assert_eq!(other.decrypt("a", NO_CONTEXT, &ciphertext).unwrap(), b"still served");
-    }
-    let after = memory(agent.pid);
-    assert!(pumped > 3_000_000, "{pumped} bytes are no flood");
-    let grown = (after.0.saturating_sub(before.0), after.1.saturating_sub(before.1));
-    assert!(grown.0 < 6 * 1024 && grown.1 < 4 * 1024, "grown by {grown:?} KiB after {pumped} bytes");
-    assert!(other.fact("frame-pool").parse::<usize>().unwrap() <= 4 << 20);
-    drop(silent);
-    wait_until("everything is given back", || other.fact("frame-pool") == "0");
-    wait_until("the locked memory is given back", || memory(agent.pid).1 <= before.1 + 256);
-}
-
-#[test]
-fn a_client_may_leave_at_every_byte() {
-    let agent = Agent::start();
-    let mut other = agent.connect();
-    other.generate("a").unwrap();
-    let fields = KeyAndContext { key: KeyRef::Name("a"), context: NO_CONTEXT };
-    let request = frame(Opcode::Encrypt, 7, &fields, &[1; 70]);
-    let reply_len = 16 + 170;
-    for count in 0..=reply_len {
-        let mut wire = agent.connect();
-        wire.send(&request).unwrap();
-        let mut read = vec![0; count];
-        wire.stream.read_exact(&mut read).unwrap();
-    }
-    for count in 0..request.len() {
-        let mut wire = agent.connect();
-        wire.send(&request[..count]).unwrap();
-    }
-    for count in 0..hello_frame(1).len() {
-        let mut wire = agent.mute();
-        wire.send(&hello_frame(1)[..count]).unwrap();
-    }
-    // A client that says that it will send no more still gets its answers.
-    let mut wire = agent.connect();
-    wire.send(&[&request[..], &request].concat()).unwrap();
-    wire.stream.shutdown(Shutdown::Write).unwrap();
-    for _ in 0..2 {
-        assert_eq!(wire.receive().unwrap().payload.len(), 170);
-    }
-    assert!(wire.is_closed());
-    wait_until("the agent sees that they left", || other.fact("connections") == "1");
-    assert_eq!(other.fact("frame-pool"), "0");
-}
-
-/// Numbers that are the same in every run.
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, bound: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        usize::try_from(self.0 >> 16).unwrap() % bound
-    }
-
-    fn mutate(&mut self, frame: &mut Vec<u8>) {
-        const LENGTHS: [u32; 12] =
-            [0, 1, 15, 16, 17, 255, 65_535, 65_536, (1 << 20) - 16, (1 << 20) - 15, 1 << 31, u32::MAX];
-        for _ in 0..=self.below(3) {
-            let at = self.below(frame.len().max(1));
-            match self.below(7) {
-                0 | 1 if !frame.is_empty() => frame[at] ^= 1 << self.below(8),
-                2 if !frame.is_empty() => frame[at] = u8::try_from(self.below(256)).unwrap(),
-                3 => frame.truncate(at),
-                4 => frame.insert(at, u8::try_from(self.below(256)).unwrap()),
-                5 if frame.len() >= 16 => {
-                    let place = if self.below(2) == 0 { 0 } else { 12 };
-                    let value = LENGTHS[self.below(LENGTHS.len())];
-                    frame[place..place + 4].copy_from_slice(&value.to_le_bytes());
-                }
-                6 if frame.len() >= 24 => {
-                    // Eight bytes somewhere in the fields are a length or a count.
-                    let place = 16 + self.below(frame.len() - 23);
-                    let value = u64::from(LENGTHS[self.below(LENGTHS.len())]) << (8 * self.below(5));
-                    frame[place..place + 8].copy_from_slice(&value.to_le_bytes());
-                }
-                _ => {}
-            }
-        }
-    }
-}
-
-/// G13: many mutated frames to one live agent, which is the same process afterwards and has caught no panic.
-#[test]
-fn mutated_frames_do_not_end_the_agent() {
-    const FRAMES: u64 = 100_000;
-    let agent = Agent::builder().config("log = \"error\"\n").start();
-    let mut wire = agent.connect();
-    wire.generate("a").unwrap();
-    let context = NO_CONTEXT;
-    let key = KeyAndContext { key: KeyRef::Name("a"), context };
-    let id = wire.describe(KeyRef::Name("a")).unwrap().key.id;
-    let message = wire.encrypt("a", context, b"plain").unwrap();
-    let (_, head) = wire.remote_new("a").unwrap();
-    let seeds: Vec<Vec<u8>> = vec![
-        frame(Opcode::Ping, 1, &NoFields {}, &[]),
-        frame(Opcode::Status, 2, &NoFields {}, &[]),
-        frame(Opcode::List, 3, &List { cursor: 0 }, &[]),
-        frame(Opcode::Describe, 4, &kms_protocol::Describe { key: key.key, versions_after: 0 }, &[]),
-        frame(Opcode::Describe, 5, &kms_protocol::Describe { key: KeyRef::Id(id), versions_after: 0 }, &[]),
-        frame(Opcode::Remove, 6, &kms_protocol::Remove { token: [6; 16], key: KeyRef::Name("none") }, &[]),
-        frame(Opcode::Encrypt, 7, &key, b"plain"),
-        frame(Opcode::Decrypt, 8, &key, &message),
-        frame(Opcode::StreamNew, 9, &key, &[]),
-        frame(Opcode::StreamOpen, 10, &key, &head),
-        frame(Opcode::RemoteStreamNew, 11, &key, &[]),
-        frame(Opcode::RemoteStreamOpen, 12, &key, &head),
-        frame(Opcode::RemoteStreamEncrypt, 13, &kms_protocol::RemoteStream { stream: 1 }, b"x"),
-        frame(Opcode::RemoteStreamDecrypt, 14, &kms_protocol::RemoteChunks { stream: 2, first: 0 }, &[0; 20]),
-        frame(Opcode::RemoteStreamClose, 15, &kms_protocol::RemoteStream { stream: 1 }, &[]),
-        add_frame(16, [7; 16], "b", None),
-        add_frame(17, [8; 16], "c", Some(&[9; 32])),
-    ];
-    let refused = std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..2)
-            .map(|worker| {
-                let (agent, seeds, message, head) = (&agent, &seeds, &message, &head);
-                scope.spawn(move || {
-                    let mut dice = Dice(0x9e37_79b9_7f4a_7c15 + worker);
-                    let mut refused = 0u64;
-                    let mut sent = 0;
-                    while sent < FRAMES / 2 {
-                        // Several on one connection, since most cost it; streams, so that their numbers mean something.
-                        let mut wire = agent.connect();
-                        wire.remote_new("a").unwrap();
-                        wire.remote_open("a", head).unwrap();
-                        let before = refused;
-                        while refused == before && sent < FRAMES / 2 {
-                            let mut bytes = seeds[dice.below(seeds.len())].clone();
-                            dice.mutate(&mut bytes);
-                            // The derivation of a passphrase is another test's, and takes most of a second.
-                            let opcode =
-                                bytes.get(6..8).map_or(0, |code| u16::from_le_bytes([code[0], code[1]]));
-                            if [Opcode::Lock.code(), Opcode::Unlock.code()].contains(&opcode)
-                                || bytes.is_empty()
-                            {
-                                continue;
-                            }
-                            sent += 1;
-                            let whole = bytes.len() >= 16
-                                && u64::from(u32::from_le_bytes(bytes[..4].try_into().unwrap())) + 16
-                                    <= bytes.len() as u64;
-                            let _ = wire.send(&bytes);
-                            if !whole {
-                                // Nothing can come before the rest does: the end of the stream is the rest.
-                                let _ = wire.stream.shutdown(Shutdown::Write);
-                            }
-                            match wire.receive() {
-                                Some(reply) if whole && reply.status == Status::Ok => {}
-                                // Refused: the connection may be gone, or what is left may be half a frame.
-                                _ => refused += 1,
-                            }
-                            if bytes.len() > 16 && whole {
-                                let length = u32::from_le_bytes(bytes[..4].try_into().unwrap());
-                                if u64::from(length) + 16 != bytes.len() as u64 {
-                                    refused += u64::from(refused == before);
-                                }
-                            }
-                        }
-                    }
-                    let mut wire = agent.connect();
-                    assert_eq!(wire.decrypt("a", context, message).unwrap(), b"plain");
-                    refused
-                })
-            })
-            .collect();
-        workers.into_iter().map(|worker| worker.join().unwrap()).sum::<u64>()
-    });
-    assert!(refused > FRAMES / 4, "only {refused} were bad");
-    assert_eq!(wire.fact("pid"), agent.pid.to_string());
-    assert_eq!(wire.fact("panics"), "0");
-    wait_until("what half frames held is free again", || wire.fact("frame-pool") == "0");
-}
-
-/// A54: every length field with every length that a program gets wrong, while hardly any memory is left to take.
-#[test]
-fn lengths_are_refused_before_memory_is_taken_by_them() {
-    let agent = Agent::start();
-    let mut other = agent.connect();
-    other.generate("a").unwrap();
-    let limit = (status_number(agent.pid, "VmSize") + 16 * 1024) * 1024;
-    let limited = tool("prlimit").args(["--pid", &agent.pid.to_string(), &format!("--as={limit}")]).status();
-    assert!(limited.unwrap().success());
-    let mut lengths: Vec<u64> = vec![0, u64::MAX];
-    for power in [1u32, 4, 8, 12, 15, 16, 20, 24, 30, 31, 32, 40, 47, 48, 60, 61, 62, 63] {
-        lengths.extend([(1u64 << power) - 1, 1 << power, (1 << power) + 1]);
-    }
-    lengths.extend([
-        (1 << 20) - 17,
-        (1 << 20) - 16,
-        (1 << 20) - 15,
-        u64::MAX - 1,
-        u64::MAX / 12,
-        u64::MAX / 12 + 1,
-    ]);
-    assert!(lengths.len() >= 60);
-    let encrypt = frame(
-        Opcode::Encrypt,
-        7,
-        &KeyAndContext { key: KeyRef::Name("a"), context: &[0, 0, 0, 1, 0, 0, 0, 1, b'k', 0, 0, 0, 1, b'v'] },
-        b"plain",
-    );
-    let add = add_frame(8, [8; 16], "c", Some(&[9; 32]));
-    // Of the frame: length, length of the fields. In the fields: name, context, constraints; in the context: count,
-    // length of a key, length of a value.
-    let name = 16 + 4;
-    let context = name + 8 + 1;
-    let places: [(&Vec<u8>, usize, usize, bool); 9] = [
-        (&encrypt, 0, 4, false),
-        (&encrypt, 12, 4, false),
-        (&encrypt, name, 8, false),
-        (&encrypt, context, 8, false),
-        (&encrypt, context + 8, 4, true),
-        (&encrypt, context + 12, 4, true),
-        (&encrypt, context + 17, 4, true),
-        (&add, 16 + 16, 8, false),
-        (&add, 16 + 16 + 8 + 1 + 4 + 1, 8, false),
-    ];
-    for (good, at, size, big_endian) in places {
-        for length in &lengths {
-            let mut bytes = good.clone();
-            if big_endian {
-                bytes[at..at + size].copy_from_slice(&length.to_be_bytes()[8 - size..]);
-            } else {
-                bytes[at..at + size].copy_from_slice(&length.to_le_bytes()[..size]);
-            }
-            let mut wire = agent.connect();
-            wire.send(&bytes).unwrap();
-            wire.stream.shutdown(Shutdown::Write).unwrap();
-            if let Some(reply) = wire.receive() {
-                let unchanged = bytes == *good;
-                let shorter_frame = at == 0; // it may end before what makes it bad
-                assert!(
-                    reply.status != Status::Ok || unchanged || shorter_frame,
-                    "{length} at {at} of {} bytes",
-                    good.len()
-                );
-            }
-        }
-        other.ping().unwrap();
-    }
-    assert_eq!(other.fact("pid"), agent.pid.to_string());
-    // The control: the limit bites. What needs memory is refused, and the agent goes on.
-    let reply = other.request(Opcode::Lock, &NoFields {}, b"the derivation takes 256 MiB");
-    assert_eq!(reply.status, Status::Busy);
-    assert!(reply.retry_after_ms() > 0);
-    assert_eq!(other.encrypt("a", NO_CONTEXT, b"x").map(|_| ()), Ok(()));
-}
-
-/// The soft limit of descriptors is 1,024 in most places.
-fn raise_descriptor_limit() {
-    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
-    assert!(hard >= 4096, "this test needs 4,096 descriptors: ulimit -Hn 4096");
-    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
-}
-
-#[test]
-fn a_thousand_idle_connections_do_not_keep_another_from_being_served() {
-    raise_descriptor_limit();
-    let agent = Agent::start();
-    let mut other = agent.connect();
-    other.generate("a").unwrap();
-    let before = memory(agent.pid);
-    let idle: Vec<Wire> = (0..1000).map(|_| agent.connect()).collect();
-    assert_eq!(other.fact("connections"), "1001");
-    let after = memory(agent.pid);
-    let per_connection = (after.0.saturating_sub(before.0)) as f64 / 1000.0;
-    assert!(per_connection <= 4.0, "{per_connection} KiB for an idle connection");
-    assert_eq!(after.1, before.1, "none of it is locked");
-    let ciphertext = other.encrypt("a", NO_CONTEXT, b"x").unwrap();
-    assert_eq!(agent.connect().decrypt("a", NO_CONTEXT, &ciphertext).unwrap(), b"x");
-    drop(idle);
-    wait_until("they are gone", || other.fact("connections") == "1");
 }
 
 #[test]

@@ -4,8 +4,11 @@
 //! otherwise, ends with that agent stopped, its folder empty and no panic counted.
 
 mod frames;
+mod hostile;
 mod lock;
+mod made;
 mod memory;
 mod operations;
 mod peers;
 mod start;
+mod statuses;

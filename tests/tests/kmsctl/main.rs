@@ -6,6 +6,8 @@
 mod attacks;
 mod files;
 mod interop;
+mod rewrap;
+mod secrets;
 mod server;
 mod traffic;
 mod ways;
