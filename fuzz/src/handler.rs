@@ -4,7 +4,7 @@
 //! served gets nothing, a locked agent uses no key, every reply has the shape of its opcode, what was sealed opens again, no
 //! salt comes twice, a key is used no more often and no longer than it may be, and a key that may not leave never does.
 
-use std::{collections::HashSet, time::Duration};
+use std::{collections::HashSet, sync::OnceLock, time::Duration};
 
 use kms_agent::{
     audit::{Audit, Event},
@@ -20,7 +20,7 @@ use kms_protocol::{
     Add, Constraint, FRAME_HEAD_LEN, FRAME_MAX, Frame, Hello, Items, KeyAndContext, KeyRef, Material, Opcode,
     Refusal, Request, Status, constraint, decode_fields,
 };
-use kms_secret_memory::{Policy, Secret};
+use kms_secret_memory::{LockedBuffer, Policy, Secret};
 use sha2::{Digest, Sha512};
 
 use crate::{
@@ -63,10 +63,13 @@ impl Random for Counted {
             bytes.copy_from_slice(&next);
             return Ok(());
         }
-        for piece in bytes.chunks_mut(64) {
+        for piece in bytes.chunks_mut(8) {
             self.counter += 1;
-            let block = Sha512::digest(self.counter.to_le_bytes());
-            piece.copy_from_slice(&block[..piece.len()]);
+            // SplitMix64, which takes each value once.
+            let mut mixed = self.counter.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            piece.copy_from_slice(&(mixed ^ (mixed >> 31)).to_le_bytes()[..piece.len()]);
         }
         Ok(())
     }
@@ -76,6 +79,15 @@ struct NoAudit;
 
 impl Audit for NoAudit {
     fn record(&mut self, _: &Event) {}
+}
+
+/// Shielding is not what is tested, so the cheapest memory that there is.
+fn memory() -> Policy {
+    static MEMORY: OnceLock<Policy> = OnceLock::new();
+    *MEMORY.get_or_init(|| match LockedBuffer::new(1 << 20, Policy::Mlock) {
+        Ok(_) => Policy::Mlock,
+        Err(_) => Policy::Preferred,
+    })
 }
 
 /// One connection.
@@ -119,9 +131,7 @@ impl Agent {
     fn start(frame_max: usize) -> Self {
         let mut random = Counted { counter: 0, next: None };
         let now = Now { boot: Duration::from_secs(1000), unix: 1_700_000_000 };
-        // Shielding is not what is tested, so the cheapest memory that there is.
-        let memory =
-            if Keyring::new(Policy::Mlock, &mut random).is_ok() { Policy::Mlock } else { Policy::Preferred };
+        let memory = memory();
         let keyring = Keyring::new(memory, &mut random).unwrap();
         random.next = Some(BACKUP_ID);
         let limits = Limits { frame: frame_max, keys: 12, ..Limits::default() };
