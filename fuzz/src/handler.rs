@@ -33,20 +33,10 @@ use crate::{
 const OWN_UID: u32 = 1000;
 
 /// The id that the vectors give their key.
-const BACKUP_ID: [u8; 16] = sequence(0xa0);
+const BACKUP_ID: [u8; 16] = *b"\xa0\xa1\xa2\xa3\xa4\xa5\xa6\xa7\xa8\xa9\xaa\xab\xac\xad\xae\xaf";
 
 /// A key that nobody can export, and that no input has by chance.
 const CANARY: [u8; 32] = *b"\xf3\x9aK\xd1this key must not leave.\x07\xee\x81\x9c";
-
-const fn sequence<const N: usize>(start: u8) -> [u8; N] {
-    let mut bytes = [0; N];
-    let mut at = 0;
-    while at < N {
-        bytes[at] = start.wrapping_add(at as u8);
-        at += 1;
-    }
-    bytes
-}
 
 /// Never the same bytes twice, and the same ones in every run.
 struct Counted {
@@ -518,7 +508,8 @@ pub(crate) fn run(input: &[u8]) {
 
 /// One key of each kind, and numbers for two of them.
 fn load(agent: &mut Agent, own: &mut Connection) {
-    let backup = agent.add(own, "backup", Some(&sequence::<32>(0)), &[]);
+    let key: Vec<u8> = (0..32).collect();
+    let backup = agent.add(own, "backup", Some(&key), &[]);
     assert_eq!(backup, BACKUP_ID);
     let once = agent.add(own, "once", Some(&CANARY), &[(constraint::MAX_USES, 2)]);
     let asked = agent.add(own, "asked", None, &[(constraint::CONFIRM, 0)]);
