@@ -179,12 +179,6 @@ impl Agent {
 
     /// Gives a frame to the core, looks at the answer and gives it back.
     fn send(&mut self, connection: &mut Connection, bytes: &[u8]) -> Option<Vec<u8>> {
-        let answer = self.send_one(connection, bytes)?;
-        self.core.end_batch();
-        Some(answer)
-    }
-
-    fn send_one(&mut self, connection: &mut Connection, bytes: &[u8]) -> Option<Vec<u8>> {
         let frame = match Frame::parse(bytes, self.frame_max) {
             Ok(Some(frame)) => frame,
             Ok(None) => return None,
@@ -470,6 +464,8 @@ pub(crate) fn run(input: &[u8]) {
         let at = usize::from(byte & 3);
         match (byte >> 2) % 8 {
             step::TIME => {
+                // Until then, all requests arrived together.
+                agent.core.end_batch();
                 let seconds = u64::from(script.u16());
                 agent.now.boot += Duration::from_secs(seconds);
                 agent.now.unix += seconds;

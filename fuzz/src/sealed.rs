@@ -139,6 +139,9 @@ pub(crate) fn ciphertext(input: &[u8]) {
     if as_made.is_some() {
         let other = EncryptionContext::from_pairs([("table", "account")]).unwrap();
         everything(&bytes, &key(1), other.as_ref(), None);
+        if let Some(head) = bytes.first_chunk() {
+            assert!(open_stream(&key(1), head, other.as_ref()).is_err(), "another context opens");
+        }
     }
 }
 

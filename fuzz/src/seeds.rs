@@ -98,7 +98,7 @@ pub(crate) fn constraints() -> Vec<Vec<u8>> {
     let one = |kind: u8, value: u64| [&[kind][..], &value.to_le_bytes()].concat();
     let mut seeds: Vec<_> = (0..=6).flat_map(|kind| [0, 1, u64::MAX].map(|value| one(kind, value))).collect();
     seeds.push([one(1, 0), one(2, 60), one(3, 0), one(4, 5), one(5, 0)].concat());
-    seeds.push([one(2, 60), one(2, 60)].concat());
+    seeds.extend([0, 60].iter().flat_map(|value| (1..=5).map(|kind| one(kind, *value).repeat(2))));
     seeds.push([one(5, 0), one(1, 0), one(5, 0)].concat());
     seeds
 }
@@ -120,8 +120,16 @@ pub(crate) fn ciphertexts() -> Vec<Vec<u8>> {
     let raw = all.iter().filter_map(|vector| vector.bytes("ciphertext"));
     let raw = raw.map(|bytes| [&[0x80 | 0x20], &bytes[..]].concat());
     // As made, one bit changed at the front and far behind, cut, and longer; of every purpose and near every length.
-    let edits: [&[u8]; 5] =
-        [&[0], &[1, 0, 5, 0, 1], &[1, 0, 0xff, 0x40, 0x80], &[1, 2, 99, 0], &[1, 3, 2, 0, 0]];
+    let edits: [&[u8]; 8] = [
+        &[0],
+        &[1, 0, 5, 0, 1],
+        &[1, 0, 28, 0, 1],
+        &[1, 0, 59, 0, 1],
+        &[1, 0, 187, 0, 1],
+        &[1, 0, 0xff, 0x40, 0x80],
+        &[1, 2, 99, 0],
+        &[1, 3, 2, 0, 0],
+    ];
     let made = (0..0x80_u8).step_by(3).flat_map(|kind| edits.map(|edit| [&[kind, 14], edit].concat()));
     raw.chain(made).collect()
 }
@@ -231,6 +239,10 @@ pub(crate) fn handler() -> Vec<Vec<u8>> {
         let known =
             kms_protocol::Rewrap { context: b"\0\0\0\x01\0\0\0\x05table\0\0\0\x08accounts", ..rewrap };
         seeds.push(Steps::new().shaped(0, Opcode::Rewrap, &encoded(&known), &sealed).0);
+        let export = encoded(&kms_protocol::Export { key: KeyRef::Name(name), version: 1 });
+        let steps = Steps::new().shaped(0, Opcode::Export, &export, &[]).shaped(1, encrypt, &with, b"x");
+        let sealed = (0..6).fold(steps, |steps, _| steps.shaped(0, encrypt, &with, b"x"));
+        seeds.push(sealed.shaped(3, Opcode::Export, &export, &[]).0);
     }
     // Another peer in place of a connection, before and after hello, with and without its own.
     for uid in [None, Some(0), Some(1001), Some(u32::MAX)] {
