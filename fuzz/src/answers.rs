@@ -127,6 +127,7 @@ pub(crate) fn run(input: &[u8]) {
     let (operation, how) = (script.byte(), script.byte());
     let (told, right_ids) = mpsc::channel();
     let pieces = [0, 1, 7, 8192];
+    let honest = how & 3 == 0 && is_honest(operation, script.0);
     let part = Part {
         own_hello: how & 1 == 1,
         right_ids: how & 2 == 0,
@@ -146,6 +147,7 @@ pub(crate) fn run(input: &[u8]) {
             let done = operate(&mut client, operation);
             drop(client);
             // Of several requests that are under way, any may be answered first.
+            assert!(!honest || done.is_ok(), "an honest answer is not taken: {done:?}");
             let in_turn = ![26, 27, 31].contains(&(operation % 32));
             if right_ids.recv() == Ok(false) && in_turn {
                 assert!(done.is_err(), "the answer to another request was taken");
@@ -155,6 +157,18 @@ pub(crate) fn run(input: &[u8]) {
         }
         Err(error) => assert!(!matches!(error, Error::Timeout { .. }), "{error:?}"),
     }
+}
+
+/// Whether the bytes are a right answer to a ping, or to who wants 32 random bytes, whatever its id.
+fn is_honest(operation: u8, bytes: &[u8]) -> bool {
+    let Ok(Some(frame)) = Frame::parse(bytes, FRAME_MAX) else { return false };
+    let payload_len = match operation % 32 {
+        0 => 0,
+        22 => 32,
+        _ => return false,
+    };
+    let right = frame.head.code == Status::Ok.code() && frame.fields.is_empty();
+    right && frame.payload.len() == payload_len && frame.frame_len() == bytes.len()
 }
 
 fn operate(client: &mut Client, operation: u8) -> Result<(), Error> {
