@@ -6,62 +6,28 @@ use std::{
     io::{Read, Write},
     net::Shutdown,
     os::unix::net::{UnixListener, UnixStream},
-    path::PathBuf,
-    sync::{
-        Mutex, OnceLock,
-        mpsc::{self, Sender},
-    },
     thread,
     time::Duration,
 };
 
 use kms_client::{Batch, Client, ContextRef, Error, Input, KeyRef, NewKey, Options, Output, SecretVec};
 use kms_protocol::{FRAME_HEAD_LEN, FRAME_MAX, Frame, Opcode, Status, Welcome, constraint, push_frame};
-use tempfile::TempDir;
 
 use crate::script::Script;
 
 /// What the agent of an input does.
-struct Part {
+struct Part<'a> {
     /// The reply to `hello` comes from the input too.
     own_hello: bool,
     /// Replies get the request id that the client waits for.
     right_ids: bool,
     /// How many bytes are sent at a time; 0 for all.
     piece: usize,
-    bytes: Vec<u8>,
-    /// Told when it is over: each reply had the request id that was waited for.
-    told: Sender<bool>,
+    bytes: &'a [u8],
 }
 
-struct Agent {
-    socket: PathBuf,
-    parts: Mutex<Sender<Part>>,
-    _folder: TempDir,
-}
-
-fn agent() -> &'static Agent {
-    static AGENT: OnceLock<Agent> = OnceLock::new();
-    AGENT.get_or_init(|| {
-        let folder = tempfile::tempdir().unwrap();
-        let socket = folder.path().join("agent.sock");
-        let listener = UnixListener::bind(&socket).unwrap();
-        let (parts, next) = mpsc::channel::<Part>();
-        thread::spawn(move || {
-            for part in next {
-                let (stream, _) = listener.accept().unwrap();
-                // The client may be gone at any moment, and whatever then fails is no fault.
-                let mut right_ids = true;
-                let _ = serve(stream, &part, &mut right_ids);
-                let _ = part.told.send(right_ids);
-            }
-        });
-        Agent { socket, parts: Mutex::new(parts), _folder: folder }
-    })
-}
-
-fn serve(mut stream: UnixStream, part: &Part, right_ids: &mut bool) -> std::io::Result<()> {
-    let mut rest = part.bytes.as_slice();
+fn serve(mut stream: UnixStream, part: &Part<'_>, right_ids: &mut bool) -> std::io::Result<()> {
+    let mut rest = part.bytes;
     let mut greeted = part.own_hello;
     while let Some(id) = read_request(&mut stream)? {
         if !greeted {
@@ -125,38 +91,40 @@ fn welcome() -> Welcome {
 pub(crate) fn run(input: &[u8]) {
     let mut script = Script(input);
     let (operation, how) = (script.byte(), script.byte());
-    let (told, right_ids) = mpsc::channel();
     let pieces = [0, 1, 7, 8192];
     let honest = how & 3 == 0 && is_honest(operation, script.0);
     let part = Part {
         own_hello: how & 1 == 1,
         right_ids: how & 2 == 0,
         piece: if script.0.len() > 4096 { 0 } else { pieces[usize::from(how >> 2) % pieces.len()] },
-        bytes: script.rest().to_vec(),
-        told,
+        bytes: script.rest(),
     };
-    agent().parts.lock().unwrap().send(part).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("agent.sock");
+    let listener = UnixListener::bind(&socket).unwrap();
     let options = Options {
-        socket: Some(agent().socket.clone()),
+        socket: Some(socket),
         timeout: Duration::from_secs(10),
         retry: Duration::ZERO,
         ..Options::default()
     };
-    match Client::connect(&options) {
-        Ok(mut client) => {
-            let done = operate(&mut client, operation);
-            drop(client);
-            // Of several requests that are under way, any may be answered first.
-            assert!(!honest || done.is_ok(), "an honest answer is not taken: {done:?}");
-            let in_turn = ![26, 27, 31].contains(&(operation % 32));
-            if right_ids.recv() == Ok(false) && in_turn {
-                assert!(done.is_err(), "the answer to another request was taken");
-            }
-            // The agent always ends its side, so a client that waits in vain has lost count of the bytes.
-            assert!(!matches!(done, Err(Error::Timeout { .. })), "{done:?}");
+    thread::scope(|scope| {
+        let agent = scope.spawn(|| {
+            let mut right_ids = true;
+            // The client may be gone at any moment, and whatever then fails is no fault.
+            let _ = serve(listener.accept().unwrap().0, &part, &mut right_ids);
+            right_ids
+        });
+        let done = Client::connect(&options).and_then(|mut client| operate(&mut client, operation));
+        // The agent always ends its side, so a client that waits in vain has lost count of the bytes.
+        assert!(!matches!(done, Err(Error::Timeout { .. })), "{done:?}");
+        assert!(!honest || done.is_ok(), "an honest answer is not taken: {done:?}");
+        // Of several requests that are under way, any may be answered first.
+        let in_turn = ![26, 27, 31].contains(&(operation % 32));
+        if !agent.join().unwrap() && in_turn {
+            assert!(done.is_err(), "the answer to another request was taken");
         }
-        Err(error) => assert!(!matches!(error, Error::Timeout { .. }), "{error:?}"),
-    }
+    });
 }
 
 /// Whether the bytes are a right answer to a ping, or to who wants 32 random bytes, whatever its id.
