@@ -55,8 +55,8 @@ const QUEUED_MAX: usize = 64;
 /// Made within a tokio runtime with its I/O and time enabled, on which it keeps one task until the last clone is dropped. After a fork,
 /// a runtime of the child's own is needed; the parent's connection is not used.
 ///
-/// Batches and streams through the agent are left to the blocking client. The streams that this client hands out are moved by blocking calls,
-/// [`LocalSealing::run`] and [`LocalOpening::run`], which belong into `spawn_blocking`.
+/// Batches and streams through the agent are left to the blocking client. The streams that this client hands out are moved by
+/// blocking calls, [`LocalSealing::run`] and [`LocalOpening::run`], which belong into `spawn_blocking`.
 ///
 /// ```no_run
 /// use kms_client::{AsyncClient, ContextRef, KeyRef, Options};

@@ -22,7 +22,7 @@ use crate::{
     error::{Error, ReplyError},
     operations::{self, DataKey, Moved, Operation},
     remote::{RemoteOpening, RemoteSealing},
-    retry::{Trouble, is_passing},
+    retry::{Pauses, Trouble, is_passing},
     stream::{LocalOpening, LocalSealing},
     wire,
 };
@@ -40,6 +40,20 @@ const PASSPHRASE_ANSWER_LIMIT: Duration = Duration::from_secs(120);
 pub(crate) const ROWS_MAX: u64 = 1 << 24;
 
 /// How the agent is found and how long it is waited for.
+///
+/// ```no_run
+/// use kms_client::{Client, Options};
+/// use std::time::Duration;
+/// # fn main() -> Result<(), kms_client::Error> {
+/// // Over a restart of the agent that takes half a minute.
+/// let mut client = Client::connect(&Options { retry: Duration::from_secs(30), ..Options::default() })?;
+/// println!("agent of uid {} at {}", client.server_uid(), client.socket().display());
+/// for value in client.stats()?.values {
+///     println!("{} {}", value.name, value.value);
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug)]
 pub struct Options {
     /// The socket. Else `KMS_AUTH_SOCK`, the user's socket, the system's.
@@ -204,6 +218,25 @@ impl Client {
 
     /// Adds a version to a key, under which everything new is done. The older ones open what was made under them.
     ///
+    /// ```no_run
+    /// # fn example(client: &mut kms_client::Client) -> Result<(), Box<dyn std::error::Error>> {
+    /// use kms_client::{KeyRef, NewKey};
+    ///
+    /// let added = client.add(&NewKey { memory_only: true, ..NewKey::new("backup") })?;
+    /// assert_eq!(client.rotate(KeyRef::Name("backup"))?.version, 2);
+    /// // By its id a key is found under any name.
+    /// client.rename(KeyRef::Id(added.id), "backup-2026")?;
+    /// for version in client.describe(KeyRef::Id(added.id))?.versions {
+    ///     println!("version {} was used {} times", version.version, version.uses);
+    /// }
+    /// for key in client.list() {
+    ///     println!("{}", key?.name);
+    /// }
+    /// client.remove(KeyRef::Id(added.id))?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// As [`ping`](Self::ping); `limit` when the agent holds no more versions; [`Error::Random`].
     pub fn rotate(&mut self, key: KeyRef<'_>) -> Result<Rotated, Error> {
@@ -220,6 +253,17 @@ impl Client {
 
     /// The bytes of a key that was added to be exportable; without a version, of its primary one. An agent that was locked before
     /// wants the passphrase of that lock.
+    ///
+    /// ```no_run
+    /// # fn example(client: &mut kms_client::Client) -> Result<(), Box<dyn std::error::Error>> {
+    /// use kms_client::{KeyRef, NewKey};
+    ///
+    /// client.add(&NewKey { exportable: true, ..NewKey::new("escrow") })?;
+    /// let (exported, key) = client.export(KeyRef::Name("escrow"), None, None)?;
+    /// println!("version {}: {} bytes", exported.version, key.expose_secret().len());
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// As [`ping`](Self::ping); `denied` for a key that is not exportable and for a wrong passphrase; [`Error::TooLong`].
@@ -286,6 +330,21 @@ impl Client {
 
     /// A new data key of 1 to 1,024 bytes, plain and wrapped.
     ///
+    /// ```no_run
+    /// # fn example(client: &mut kms_client::Client) -> Result<(), Box<dyn std::error::Error>> {
+    /// use kms_client::{ContextRef, KeyRef};
+    ///
+    /// // Encrypt with the plain one, keep the wrapped one beside what was encrypted.
+    /// let fresh = client.data_key(KeyRef::Name("backup"), ContextRef::EMPTY, 32)?;
+    /// let again = client.unwrap(KeyRef::Name("backup"), ContextRef::EMPTY, &fresh.wrapped)?;
+    /// assert_eq!(again.expose_secret(), fresh.plaintext.expose_secret());
+    /// // A key that is there already is wrapped as it is.
+    /// let wrapped = client.wrap(KeyRef::Name("backup"), ContextRef::EMPTY, b"a key of another program")?;
+    /// # let _ = wrapped;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// As [`ping`](Self::ping); [`Error::TooLong`].
     pub fn data_key(
@@ -313,6 +372,30 @@ impl Client {
     /// Moves a message, a wrapped key, or a stream by its first 132 bytes, to the primary version of its key or of the key `to`.
     /// The content stays in the agent. A stream is moved with an empty context.
     ///
+    /// ```no_run
+    /// # fn example(client: &mut kms_client::Client) -> Result<(), Box<dyn std::error::Error>> {
+    /// use kms_client::{ContextRef, KeyRef};
+    /// use std::os::unix::fs::FileExt;
+    ///
+    /// let key = KeyRef::Name("backup");
+    /// let mut sealed = client.encrypt(key, ContextRef::EMPTY, b"a small secret")?;
+    /// client.rotate(key)?;
+    /// if let Some(moved) = client.rewrap(key, ContextRef::EMPTY, &sealed, None)?.replacement {
+    ///     sealed = moved;
+    /// }
+    /// assert_eq!(client.verify(key, ContextRef::EMPTY, &sealed)?.version, 2);
+    ///
+    /// // Of a file, however long, 132 bytes.
+    /// let file = std::fs::File::options().read(true).write(true).open("dump.kms")?;
+    /// let mut head = [0; 132];
+    /// file.read_exact_at(&mut head, 0)?;
+    /// if let Some(moved) = client.rewrap(key, ContextRef::EMPTY, &head, Some(KeyRef::Name("new")))?.replacement {
+    ///     file.write_all_at(&moved, 0)?;
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// As [`ping`](Self::ping).
     pub fn rewrap(
@@ -339,6 +422,18 @@ impl Client {
     }
 
     /// The tag of an input, by its SHA-512.
+    ///
+    /// ```no_run
+    /// # fn example(client: &mut kms_client::Client) -> Result<(), Box<dyn std::error::Error>> {
+    /// # fn sha_512(_: &[u8]) -> [u8; 64] { [0; 64] }
+    /// use kms_client::{ContextRef, KeyRef};
+    ///
+    /// let digest = sha_512(b"an input of any length");
+    /// let tag = client.mac(KeyRef::Name("audit"), ContextRef::EMPTY, &digest)?;
+    /// client.mac_verify(KeyRef::Name("audit"), ContextRef::EMPTY, &tag, &digest)?;
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// As [`ping`](Self::ping).
@@ -376,6 +471,18 @@ impl Client {
     /// Gives a key a number, [`KeyRef::Bound`], which is shorter than a name and spares the agent the search. It stands for that very
     /// key, whatever its name becomes, also after the client had to connect anew.
     ///
+    /// ```no_run
+    /// # fn example(client: &mut kms_client::Client) -> Result<(), Box<dyn std::error::Error>> {
+    /// use kms_client::{ContextRef, KeyRef};
+    ///
+    /// client.bind(1, KeyRef::Name("backup"))?;
+    /// for row in ["first", "second"] {
+    ///     client.encrypt(KeyRef::Bound(1), ContextRef::EMPTY, row.as_bytes())?;
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// As [`ping`](Self::ping); `limit` for the 1,025th number.
     pub fn bind(&mut self, number: u32, key: KeyRef<'_>) -> Result<Bound, Error> {
@@ -407,6 +514,18 @@ impl Client {
 
     /// A new stream, whose data goes through the agent.
     ///
+    /// ```no_run
+    /// # fn example(client: &mut kms_client::Client) -> Result<(), Box<dyn std::error::Error>> {
+    /// use kms_client::{ContextRef, Input, KeyRef, Output};
+    /// use std::fs::File;
+    ///
+    /// let stream = client.remote_stream_new(KeyRef::Name("backup"), ContextRef::EMPTY)?;
+    /// let output = Output::to_new_file(File::create("dump.kms")?);
+    /// stream.run(Input::from_file(File::open("dump")?)?, output, &())?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// As [`ping`](Self::ping).
     pub fn remote_stream_new(
@@ -433,6 +552,19 @@ impl Client {
     }
 
     /// Locks the agent under a passphrase of 1 to 1,024 bytes. False: it was locked already.
+    ///
+    /// ```no_run
+    /// # fn example(client: &mut kms_client::Client) -> Result<(), Box<dyn std::error::Error>> {
+    /// use kms_client::SecretVec;
+    ///
+    /// let mut passphrase = SecretVec::with_capacity(64);
+    /// passphrase.push_slice(b"correct horse battery staple")?;
+    /// client.lock(&passphrase)?;
+    /// assert!(client.is_locked()?);
+    /// client.unlock(&passphrase)?;
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// As [`ping`](Self::ping); [`Error::TooLong`].
@@ -478,7 +610,7 @@ impl Client {
     //# So a client whose connection broke connects anew and sends the same bytes again.
     /// The reply to a request that names these bound numbers, over as many connections as it takes.
     pub(crate) fn answer(&mut self, request: &Request<'_>, bound: &[Option<u32>]) -> Result<Call, Error> {
-        let mut trouble = Trouble::new(self.retry);
+        let (mut trouble, mut pauses) = (Trouble::new(self.retry), Pauses::default());
         let mut frame = None;
         loop {
             let (pause, answer) = match self.attempt(request, bound, &mut frame) {
@@ -490,7 +622,7 @@ impl Client {
                     let again = is_passing(&error) && (!sent || wire::is_repeatable(request.opcode()));
                     let pause = match busy(Some(&error)) {
                         Some(after) => trouble.busy(Instant::now(), after),
-                        None if again => trouble.lost(Instant::now()),
+                        None if again => trouble.lost(Instant::now(), pauses.next()),
                         None => None,
                     };
                     (pause, Err(error))

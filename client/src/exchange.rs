@@ -16,7 +16,7 @@ use crate::{
     connection::Call,
     error::{Error, ReplyError},
     operations,
-    retry::{Trouble, is_passing},
+    retry::{Pauses, Trouble, is_passing},
     wire::{Assembler, Outgoing, Reply, frame_max, is_repeatable},
 };
 
@@ -40,6 +40,7 @@ pub(crate) struct Exchange<T> {
     under_way: usize,
     started: u64,
     bindings: HashMap<u32, Binding>,
+    pauses: Pauses,
     over: VecDeque<Done<T>>,
 }
 
@@ -92,6 +93,7 @@ impl<T> Exchange<T> {
             under_way: 0,
             started: 0,
             bindings,
+            pauses: Pauses::default(),
             over: VecDeque::new(),
         };
         exchange.go_by(welcome);
@@ -249,6 +251,7 @@ impl<T> Exchange<T> {
         let operation = waiting.request.operation;
         let answer = reply.accept(operation, id);
         self.under_way = self.under_way.saturating_sub(1);
+        self.pauses.begin_anew();
         if let Err(Error::Refused { status: Status::Busy, retry_after, .. }) = &answer
             && let Some(pause) = waiting.trouble.busy(now, *retry_after)
         {
@@ -342,7 +345,7 @@ impl<T> Exchange<T> {
         self.written = 0;
         self.under_way = 0;
         self.bindings.values_mut().for_each(|binding| binding.here = false);
-        let mut pause = Duration::ZERO;
+        let pause = self.pauses.next();
         for id in self.in_order(|_| true) {
             let Some(waiting) = self.waiting.get_mut(&id) else { continue };
             if !waiting.keep.as_ref().is_some_and(&is_wanted) {
@@ -351,17 +354,14 @@ impl<T> Exchange<T> {
             }
             let sent = matches!(waiting.state, State::Sent { .. });
             let again = is_passing(error) && (!sent || is_repeatable(waiting.request.operation));
-            match again.then(|| waiting.trouble.lost(now)).flatten() {
-                Some(time) => {
-                    pause = pause.max(time);
-                    if !matches!(waiting.state, State::Delayed { .. }) {
-                        waiting.state = State::Queued;
-                    }
-                }
+            match again.then(|| waiting.trouble.lost(now, pause)).flatten() {
+                Some(_) if matches!(waiting.state, State::Delayed { .. }) => {}
+                Some(_) => waiting.state = State::Queued,
                 None => self.fail(id, error.again()),
             }
         }
-        pause
+        // Nobody is left to pause for.
+        if self.waiting.is_empty() { Duration::ZERO } else { pause }
     }
 
     /// There is a new connection: everything that is left goes out on it, in the old order.

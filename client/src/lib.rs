@@ -1,9 +1,10 @@
-//! The blocking client of kms-agent, and behind the feature `cli` the whole of `kmsctl`.
+//! The client of kms-agent: blocking, behind the feature `async` for tokio, and behind the feature `cli` the whole of `kmsctl`.
 //!
 //! Owns the way to the agent: where its socket is, whether who serves it is to be trusted, requests and replies
-//! (`docs/protocol.md`), and the pumps that move streams on all cores (`docs/formats.md`, section 8). Nothing is sent before
-//! the server's uid is known and trusted. It never holds a key-encryption key, never decides who may do what, and never
-//! releases a decrypted byte that was not authentic.
+//! (`docs/protocol.md`), what is done when the connection breaks, and the pumps that move streams on all cores
+//! (`docs/formats.md`, section 8). Nothing is sent before the server's uid is known and trusted, on every connection anew. It
+//! never holds a key-encryption key, never decides who may do what, never releases a decrypted byte that was not authentic, and
+//! never uses a connection that it inherited over a fork.
 
 #[cfg(feature = "async")]
 mod asynchronous;

@@ -107,7 +107,7 @@ impl Pipeline<'_> {
         let now = Instant::now();
         let moved = match self.exchange.due(now) {
             true => Err(Error::Closed),
-            false => self.connected().and_then(|()| self.move_bytes(now, limit)),
+            false => self.connected(now).and_then(|()| self.move_bytes(now, limit)),
         };
         if let Err(error) = moved {
             self.client.connection.break_off();
@@ -115,7 +115,11 @@ impl Pipeline<'_> {
         }
     }
 
-    fn connected(&mut self) -> Result<(), Error> {
+    fn connected(&mut self, now: Instant) -> Result<(), Error> {
+        if self.client.connection.is_inherited() {
+            // The answers that are under way are our parent's; what we want of them we have to ask for ourselves.
+            self.exchange.broke(now, &Error::Closed, |_| true);
+        }
         if self.client.reconnect()? {
             self.exchange.reconnected(&self.client.connection.welcome);
         }

@@ -15,29 +15,45 @@ const PAUSE_FIRST: Duration = Duration::from_millis(10);
 /// The longest pause.
 const PAUSE_MAX: Duration = Duration::from_millis(500);
 
-/// What one request has been through.
-#[derive(Clone, Copy)]
-pub(crate) struct Trouble {
-    patience: Duration,
-    since: Option<Instant>,
+/// The pauses between attempts to connect: none before the first, then each twice as long as the one before. Otherwise a request
+/// that breaks every connection would be sent as fast as the agent can fail.
+#[derive(Default)]
+pub(crate) struct Pauses {
     losses: u32,
 }
 
-impl Trouble {
-    /// A request that may go on for `patience` after its first failure.
-    pub(crate) fn new(patience: Duration) -> Self {
-        Self { patience, since: None, losses: 0 }
-    }
-
-    /// The connection broke: how long to wait before it is made anew. Nothing when patience is at its end.
-    ///
-    /// A request that breaks every connection would otherwise be sent as fast as the agent can fail, hence the pauses.
-    pub(crate) fn lost(&mut self, now: Instant) -> Option<Duration> {
+impl Pauses {
+    /// The connection broke: how long to wait before it is made anew.
+    pub(crate) fn next(&mut self) -> Duration {
         let pause = match self.losses {
             0 => Duration::ZERO,
             losses => PAUSE_FIRST.saturating_mul(1 << (losses - 1).min(16)).min(PAUSE_MAX),
         };
         self.losses = self.losses.saturating_add(1);
+        pause
+    }
+
+    /// The agent has answered something.
+    pub(crate) fn begin_anew(&mut self) {
+        self.losses = 0;
+    }
+}
+
+/// What one request has been through.
+#[derive(Clone, Copy)]
+pub(crate) struct Trouble {
+    patience: Duration,
+    since: Option<Instant>,
+}
+
+impl Trouble {
+    /// A request that may go on for `patience` after its first failure.
+    pub(crate) fn new(patience: Duration) -> Self {
+        Self { patience, since: None }
+    }
+
+    /// The connection broke, and is made anew after `pause`. Nothing when patience will be at its end by then.
+    pub(crate) fn lost(&mut self, now: Instant, pause: Duration) -> Option<Duration> {
         self.wait(now, pause)
     }
 
@@ -81,15 +97,17 @@ mod tests {
     #[test]
     fn pauses_grow_and_end_with_patience() {
         let start = Instant::now();
-        let mut trouble = Trouble::new(Duration::from_secs(2));
+        let (mut trouble, mut pauses) = (Trouble::new(Duration::from_secs(2)), Pauses::default());
         let mut now = start;
-        let mut pauses = Vec::new();
-        while let Some(pause) = trouble.lost(now) {
+        let mut lasted = Vec::new();
+        while let Some(pause) = trouble.lost(now, pauses.next()) {
             now += pause;
-            pauses.push(pause.as_millis());
+            lasted.push(pause.as_millis());
         }
-        assert_eq!(pauses, [0, 10, 20, 40, 80, 160, 320, 500, 500]);
-        assert_eq!(Trouble::new(Duration::ZERO).lost(start), None);
+        assert_eq!(lasted, [0, 10, 20, 40, 80, 160, 320, 500, 500]);
+        pauses.begin_anew();
+        assert_eq!(pauses.next(), Duration::ZERO);
+        assert_eq!(Trouble::new(Duration::ZERO).lost(start, Duration::ZERO), None);
     }
 
     #[test]

@@ -291,7 +291,8 @@ impl Assembler {
         self.partial.is_none() && self.inbox.filled().is_empty()
     }
 
-    /// The next whole frame, as soon as it is there; `spare` is used for it when it is large enough. To be asked before [`room`](Self::room).
+    /// The next whole frame, as soon as it is there; `spare` is used for it when it is large enough. To be asked before
+    /// [`room`](Self::room).
     ///
     /// # Errors
     /// A head that no reply has. No memory was taken for it.

@@ -272,10 +272,11 @@ pub struct LockedRecords {
 }
 
 /// Bytes of an element of the list of sealed keys.
-const LOCKED_KEY_LEN: usize = 40;
+const LOCKED_KEY_LEN: usize = 56;
 
-/// Bytes of what is sealed in front of a key's name.
-const LOCKED_FRONT_LEN: usize = 68;
+/// Bytes that are sealed of a key with a name of no length and one version, and the most that a test has.
+const SEALED_LEN_MIN: usize = 102;
+const SEALED_LEN_MAX: usize = SEALED_LEN_MIN + 1024;
 
 /// What sealed keys and the sealed lock key are bound to.
 const LOCKED_KEY_PLACE: &[u8] = &[3];
@@ -301,7 +302,7 @@ impl LockedRecords {
                 for start in (at.saturating_sub(LOCKED_KEY_LEN - 8)..=at).step_by(8) {
                     for pointer in (start..start + LOCKED_KEY_LEN - 8).step_by(8) {
                         let len = usize::try_from(word(pointer + 8)).unwrap();
-                        if !(LOCKED_FRONT_LEN..LOCKED_FRONT_LEN + 256).contains(&len) {
+                        if !(SEALED_LEN_MIN..SEALED_LEN_MAX).contains(&len) {
                             continue;
                         }
                         let Some(bytes) = image.at(word(pointer), len) else { continue };
@@ -454,12 +455,13 @@ mod tests {
         let (lock_key, passphrase_key) = (random::<KEY_LEN>(), random::<KEY_LEN>());
         let (mut elements, mut heap) = (Vec::new(), Vec::new());
         for counter in 20..24u64 {
-            let mut bytes = random::<80>().to_vec();
+            let mut bytes = random::<120>().to_vec();
             let tag = RecordKey::new(&lock_key).seal(counter, LOCKED_KEY_PLACE, &mut bytes).unwrap();
             elements.extend_from_slice(&((2u64 << 32) + heap.len() as u64).to_le_bytes());
-            elements.extend_from_slice(&80u64.to_le_bytes());
+            elements.extend_from_slice(&120u64.to_le_bytes());
             elements.extend_from_slice(&counter.to_le_bytes());
             elements.extend_from_slice(&tag);
+            elements.extend_from_slice(&[0; 16]);
             heap.extend_from_slice(&bytes);
         }
         let mut sealed = lock_key;

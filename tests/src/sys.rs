@@ -29,6 +29,30 @@ pub fn become_user(real: u32, effective: u32, saved: u32) {
     check(unsafe { libc::syscall(libc::SYS_setresuid, real, effective, saved) }, "setresuid");
 }
 
+/// Runs `work` in a child that is forked from the calling thread, and waits for it. True: it came to its end without a panic.
+///
+/// # Panics
+/// When there is no child.
+pub fn in_child(work: impl FnOnce()) -> bool {
+    // SAFETY: the child is left with the calling thread alone. It does what `work` says and ends without the destructors of what it
+    // shares with its parent; a lock of another thread's is not waited for, since the allocator of glibc is made whole by `fork`.
+    match unsafe { libc::fork() } {
+        -1 => panic!("fork: {}", io::Error::last_os_error()),
+        0 => {
+            let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_ok();
+            // SAFETY: an integer.
+            unsafe { libc::_exit(i32::from(!done)) }
+        }
+        child => {
+            let mut status = 0;
+            // SAFETY: a child of ours, and a place for its status.
+            let waited = unsafe { libc::waitpid(child, &raw mut status, 0) };
+            assert_eq!(waited, child, "waitpid: {}", io::Error::last_os_error());
+            libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0
+        }
+    }
+}
+
 /// A descriptor that becomes readable when the process ends; nothing when there is no such process.
 #[must_use]
 pub fn pidfd_open(pid: i32) -> Option<OwnedFd> {

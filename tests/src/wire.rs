@@ -9,9 +9,11 @@ use std::{
 
 use bincode::{BorrowDecode, Encode};
 use kms_protocol::{
-    Add, Added, Constraint, Describe, Description, FRAME_HEAD_LEN, FRAME_MAX, Frame, Hello, KeyAndContext,
-    KeyRef, KeyRow, List, Listed, Locking, Material, NoFields, Opcode, PROTOCOL_VERSION, Refusal,
-    RemoteChunks, RemoteStream, Remove, Removed, Status, StatusReply, Welcome, decode_fields, push_frame,
+    Add, Added, Bind, Bound, Constraint, Describe, Description, Export, Exported, FRAME_HEAD_LEN, FRAME_MAX,
+    Frame, Hello, KeyAndContext, KeyRef, KeyRow, List, Listed, Locking, Material, NewDataKey, NoFields,
+    Opcode, PROTOCOL_VERSION, Refusal, RemoteChunks, RemoteStream, Remove, RemoveAll, Removed, RemovedAll,
+    Rename, Renamed, Rewrap, Rewrapped, Rotate, Rotated, StatsReply, Status, StatusReply, Verified, Welcome,
+    decode_fields, push_frame,
 };
 
 use crate::process::PATIENCE;
@@ -69,6 +71,193 @@ impl Reply {
     pub fn retry_after_ms(&self) -> u32 {
         assert_ne!(self.status, Status::Ok);
         self.decode::<Refusal>().retry_after_ms
+    }
+}
+
+/// The replies in the payload of the reply to a batch.
+///
+/// # Panics
+/// When they are not whole frames.
+#[must_use]
+pub fn split_replies(mut payload: &[u8]) -> Vec<Reply> {
+    let mut replies = Vec::new();
+    while !payload.is_empty() {
+        let frame = Frame::parse(payload, FRAME_MAX).expect("a frame").expect("a whole frame");
+        let (bytes, rest) = payload.split_at(frame.frame_len());
+        replies.push(Reply {
+            status: Status::from_code(frame.head.code).expect("a status of the specification"),
+            request_id: frame.head.request_id,
+            fields: frame.fields.to_vec(),
+            payload: frame.payload.to_vec(),
+            bytes: bytes.to_vec(),
+        });
+        payload = rest;
+    }
+    replies
+}
+
+/// A request that puts a key to work, with the fields that its opcode has: a data key has 32 bytes, and what is moved goes to
+/// the primary version of its own key.
+///
+/// # Panics
+/// When it does not fit a frame.
+#[must_use]
+pub fn use_frame(
+    opcode: Opcode,
+    request_id: u32,
+    key: KeyRef<'_>,
+    context: &[u8],
+    payload: &[u8],
+) -> Vec<u8> {
+    match opcode {
+        Opcode::DataKey | Opcode::DataKeyWrapped => {
+            frame(opcode, request_id, &NewDataKey { key, context, length: 32 }, payload)
+        }
+        Opcode::Rewrap => frame(opcode, request_id, &Rewrap { key, context, to: None }, payload),
+        _ => frame(opcode, request_id, &KeyAndContext { key, context }, payload),
+    }
+}
+
+/// The operations that change, use and count keys, of whatever answers a request: a [`Wire`], or a core without one.
+#[expect(clippy::missing_errors_doc, reason = "each gives the status of a refusal")]
+pub trait Operations {
+    /// Sends a request, as these bytes, and gives its reply.
+    fn ask(&mut self, bytes: &[u8]) -> Reply;
+
+    /// Sends a request and gives its reply, unless it is a refusal.
+    fn call<T: Encode>(&mut self, opcode: Opcode, fields: &T, payload: &[u8]) -> Result<Reply, Status> {
+        self.ask(&frame(opcode, 77, fields, payload)).ok()
+    }
+
+    /// `add` of a key; imported when `key` is given.
+    fn add(&mut self, name: &str, key: Option<&[u8]>, constraints: &[(u32, u64)]) -> Result<Added, Status> {
+        let material = if key.is_some() { Material::Import } else { Material::Generate };
+        let constraints = constraints.iter().map(|(kind, value)| Constraint { kind: *kind, value: *value });
+        let constraints = constraints.collect();
+        let fields = Add { token: random(), name, material, if_missing: false, constraints };
+        Ok(self.call(Opcode::Add, &fields, key.unwrap_or_default())?.decode())
+    }
+
+    /// `describe` of a key of this name, its versions above this one.
+    fn described(&mut self, name: &str, versions_after: u32) -> Result<Description, Status> {
+        let fields = Describe { key: KeyRef::Name(name), versions_after };
+        Ok(self.call(Opcode::Describe, &fields, &[])?.decode())
+    }
+
+    /// How often the key of this name was used.
+    fn uses(&mut self, name: &str) -> u64 {
+        self.described(name, 0).unwrap_or_else(|status| panic!("{name}: {status:?}")).key.uses
+    }
+
+    /// `rotate`.
+    fn rotate(&mut self, name: &str) -> Result<Rotated, Status> {
+        let fields = Rotate { token: random(), key: KeyRef::Name(name) };
+        Ok(self.call(Opcode::Rotate, &fields, &[])?.decode())
+    }
+
+    /// `rename`.
+    fn rename(&mut self, name: &str, to: &str) -> Result<Renamed, Status> {
+        let fields = Rename { token: random(), key: KeyRef::Name(name), name: to };
+        Ok(self.call(Opcode::Rename, &fields, &[])?.decode())
+    }
+
+    /// `remove-all`: number of keys.
+    fn remove_all(&mut self) -> Result<u64, Status> {
+        let reply = self.call(Opcode::RemoveAll, &RemoveAll { token: random() }, &[])?;
+        Ok(reply.decode::<RemovedAll>().keys)
+    }
+
+    /// `export`: the version, and its bytes.
+    fn export(&mut self, name: &str, version: u32, passphrase: &[u8]) -> Result<(Exported, Vec<u8>), Status> {
+        let fields = Export { key: KeyRef::Name(name), version };
+        let reply = self.call(Opcode::Export, &fields, passphrase)?;
+        Ok((reply.decode(), reply.payload))
+    }
+
+    /// One of the requests that put a key to work, as [`use_frame`] has it: the payload.
+    fn put_to_work(
+        &mut self,
+        opcode: Opcode,
+        key: KeyRef<'_>,
+        context: &[u8],
+        payload: &[u8],
+    ) -> Result<Vec<u8>, Status> {
+        Ok(self.ask(&use_frame(opcode, 77, key, context, payload)).ok()?.payload)
+    }
+
+    /// `datakey`: plain and wrapped.
+    fn data_key(&mut self, name: &str, context: &[u8], length: u32) -> Result<(Vec<u8>, Vec<u8>), Status> {
+        let fields = NewDataKey { key: KeyRef::Name(name), context, length };
+        let payload = self.call(Opcode::DataKey, &fields, &[])?.payload;
+        let (plain, wrapped) = payload.split_at(length as usize);
+        Ok((plain.to_vec(), wrapped.to_vec()))
+    }
+
+    /// `rewrap`, to another key where one is named.
+    fn rewrap(
+        &mut self,
+        name: &str,
+        context: &[u8],
+        to: Option<KeyRef<'_>>,
+        ciphertext: &[u8],
+    ) -> Result<(Rewrapped, Vec<u8>), Status> {
+        let fields = Rewrap { key: KeyRef::Name(name), context, to };
+        let reply = self.call(Opcode::Rewrap, &fields, ciphertext)?;
+        Ok((reply.decode(), reply.payload))
+    }
+
+    /// `verify`.
+    fn verify(&mut self, name: &str, context: &[u8], ciphertext: &[u8]) -> Result<Verified, Status> {
+        let fields = KeyAndContext { key: KeyRef::Name(name), context };
+        Ok(self.call(Opcode::Verify, &fields, ciphertext)?.decode())
+    }
+
+    /// `random`.
+    fn random_bytes(&mut self, length: u32) -> Result<Vec<u8>, Status> {
+        Ok(self.call(Opcode::Random, &kms_protocol::Random { length }, &[])?.payload)
+    }
+
+    /// `bind`: the id of the key.
+    fn bind(&mut self, number: u32, key: KeyRef<'_>) -> Result<[u8; 16], Status> {
+        Ok(self.call(Opcode::Bind, &Bind { number, key }, &[])?.decode::<Bound>().id)
+    }
+
+    /// `batch` of these requests: the reply to each.
+    fn batch(&mut self, items: &[Vec<u8>]) -> Result<Vec<Reply>, Status> {
+        Ok(split_replies(&self.call(Opcode::Batch, &NoFields {}, &items.concat())?.payload))
+    }
+
+    /// `stats`.
+    fn stats(&mut self) -> StatsReply {
+        self.call(Opcode::Stats, &NoFields {}, &[]).unwrap().decode()
+    }
+
+    /// A value of `stats`.
+    ///
+    /// # Panics
+    /// When there is none of this name.
+    fn value(&mut self, name: &str) -> u64 {
+        let value = self.stats().values.into_iter().find(|value| value.name == name);
+        value.unwrap_or_else(|| panic!("no value {name}")).value
+    }
+
+    /// `lock` with this passphrase: whether it changed anything.
+    fn locks(&mut self, passphrase: &[u8]) -> Result<bool, Status> {
+        Ok(self.call(Opcode::Lock, &NoFields {}, passphrase)?.decode::<Locking>().changed)
+    }
+
+    /// `unlock` with this passphrase: whether it changed anything.
+    fn unlocks(&mut self, passphrase: &[u8]) -> Result<bool, Status> {
+        Ok(self.call(Opcode::Unlock, &NoFields {}, passphrase)?.decode::<Locking>().changed)
+    }
+}
+
+impl Operations for Wire {
+    fn ask(&mut self, bytes: &[u8]) -> Reply {
+        self.send(bytes).unwrap();
+        let reply = self.receive().expect("a reply");
+        assert_eq!(reply.request_id.to_le_bytes(), bytes[8..12]);
+        reply
     }
 }
 

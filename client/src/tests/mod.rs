@@ -6,6 +6,7 @@ mod fake;
 mod hostile;
 mod many;
 mod retry;
+mod shapes;
 mod streams;
 
 use std::time::Duration;

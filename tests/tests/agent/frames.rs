@@ -172,7 +172,7 @@ fn vectors() -> Vec<Vector> {
         goes_on("no such stream", raw(RemoteStreamClose, &[9; 4], b""), Status::NotFound),
     ];
     for (reserved, what) in
-        [(0x0006, "passwd"), (0x0014, "rotate"), (0x001D, "export"), (0x002A, "unwrap"), (0x0051, "audit")]
+        [(0x0006, "passwd"), (0x0015, "promote"), (0x001C, "set"), (0x0040, "grant"), (0x0051, "audit")]
     {
         vectors.push(goes_on(what, head(0, 1, 0, reserved, 77, 0), Status::Unsupported));
     }

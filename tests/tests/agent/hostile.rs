@@ -141,7 +141,7 @@ fn clients_that_never_read_do_not_fill_the_agent_and_others_are_served() {
     let before = memory(agent.pid);
     let mut pumped = 0;
     let mut silent = Vec::new();
-    for _ in 0..24 {
+    for _ in 0..64 {
         let wire = agent.connect();
         wire.stream.set_nonblocking(true).unwrap();
         silent.push(wire);
@@ -172,7 +172,8 @@ fn clients_that_never_read_do_not_fill_the_agent_and_others_are_served() {
     assert!(pumped > 3_000_000, "{pumped} bytes are no flood");
     let grown = (after.0.saturating_sub(before.0), after.1.saturating_sub(before.1));
     assert!(grown.0 < 6 * 1024 && grown.1 < 4 * 1024, "grown by {grown:?} KiB after {pumped} bytes");
-    assert!(other.fact("frame-pool").parse::<usize>().unwrap() <= 4 << 20);
+    let held: usize = other.fact("frame-pool").parse().unwrap();
+    assert!(held <= 1 << 20, "{held} bytes are more than a quarter of the pool");
     drop(silent);
     wait_until("everything is given back", || other.fact("frame-pool") == "0");
     wait_until("the locked memory is given back", || memory(agent.pid).1 <= before.1 + 256);
@@ -619,7 +620,7 @@ fn a_thousand_idle_connections_do_not_keep_another_from_being_served() {
     assert_eq!(other.fact("connections"), "1001");
     let after = memory(agent.pid);
     let per_connection = (after.0.saturating_sub(before.0)) as f64 / 1000.0;
-    assert!(per_connection <= 4.0, "{per_connection} KiB for an idle connection");
+    assert!(per_connection <= 1.0, "{per_connection} KiB for an idle connection");
     assert_eq!(after.1, before.1, "none of it is locked");
     let ciphertext = other.encrypt("a", NO_CONTEXT, b"x").unwrap();
     assert_eq!(agent.connect().decrypt("a", NO_CONTEXT, &ciphertext).unwrap(), b"x");

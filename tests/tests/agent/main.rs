@@ -6,7 +6,9 @@
 mod frames;
 mod hostile;
 mod lock;
+mod made;
 mod memory;
 mod operations;
 mod peers;
 mod start;
+mod statuses;
