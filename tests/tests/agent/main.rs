@@ -11,6 +11,7 @@ mod hostile;
 mod keys;
 mod lock;
 mod made;
+mod many;
 mod memory;
 mod operations;
 mod pairs;
