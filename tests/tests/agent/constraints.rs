@@ -56,7 +56,7 @@ fn a_lifetime_ends_at_its_nanosecond_for_every_operation() {
             desk.clock = end;
             // Without a timer that rang: the request itself is what finds out.
             if may_stand_in_a_batch(*opcode) && key == K {
-                assert_eq!(desk.batch(&[request.clone()]).unwrap()[0].status, Status::NotFound);
+                assert_eq!(desk.batch(std::slice::from_ref(&request)).unwrap()[0].status, Status::NotFound);
             }
             assert_eq!(desk.ask(&request).status, Status::NotFound, "{} at the end", opcode.name());
             assert_eq!(expired(&mut desk), 1);
