@@ -15,7 +15,7 @@ use compact_str::CompactString;
 use hashbrown::HashTable;
 use kms_envelope::{ExpandKey, KEY_LEN, KeyId, KeyVersion, RECORD_TAG_LEN, RecordKey};
 use kms_protocol::{KeyName, PAGE_ROWS_MAX};
-use kms_secret_memory::{Backing, Policy, Secret, zeroize_stack};
+use kms_secret_memory::{Backing, Policy, Secret};
 use thiserror::Error;
 use zeroize::{Zeroize, Zeroizing};
 
@@ -23,7 +23,7 @@ use crate::{
     authorize::Permit,
     constraints::Constraints,
     crypto::{
-        CryptoError, LOCK_SALT_LEN, Random, RecordNonces, STACK_WIPE_LEN, SealedKey, Shield, random_bytes,
+        CryptoError, LOCK_SALT_LEN, Random, RecordNonces, SealedKey, Shield, apart, random_bytes,
         random_secret,
     },
 };
@@ -106,6 +106,7 @@ pub(crate) struct VersionSummary {
 }
 
 /// A version of a key as it lies in ordinary memory.
+#[derive(Clone)]
 struct VersionRecord {
     version: KeyVersion,
     created: u64,
@@ -140,6 +141,19 @@ impl Default for Rare {
     }
 }
 
+impl Rare {
+    /// Keeps a version that is primary no more. A vector that grows by itself leaves sealed keys behind, where no removal finds
+    /// them.
+    fn keep(&mut self, version: VersionRecord) {
+        if self.older.len() == self.older.capacity() {
+            let mut larger = Vec::with_capacity(self.older.len().saturating_mul(2).max(1));
+            larger.extend_from_slice(&self.older);
+            self.older = larger;
+        }
+        self.older.push(version);
+    }
+}
+
 impl Drop for KeyRecord {
     fn drop(&mut self) {
         self.name.zeroize();
@@ -152,6 +166,14 @@ struct LockedKey {
     tag: [u8; RECORD_TAG_LEN],
     bytes: Box<[u8]>,
     expires: Option<Duration>,
+}
+
+impl Drop for LockedKey {
+    // The key that it is sealed under can be had again with the passphrase, for as long as there is no other lock.
+    fn drop(&mut self) {
+        self.tag.zeroize();
+        self.bytes.zeroize();
+    }
 }
 
 /// What the passphrase of a lock is checked by: a random key that is sealed under it.
@@ -404,8 +426,8 @@ impl Keyring {
         let version = next.ok_or(KeyringError::Full)?;
         let sealed = shield.seal_new(&record.id, version, nonces, random)?;
         let primary = VersionRecord { version, created: unix, uses: 0, sealed };
-        let old = std::mem::replace(&mut record.primary, primary);
-        record.rare.get_or_insert_default().older.push(old);
+        record.rare.get_or_insert_default().keep(record.primary.clone());
+        record.primary = primary;
         *older_versions = older_versions.saturating_add(1);
         open.summary(slot)
     }
@@ -536,19 +558,24 @@ impl Keyring {
         Ok(result)
     }
 
+    /// Whether the bytes of a key may be had at all.
+    pub(crate) fn check_exportable(&mut self, _permit: &Permit, key: &Found) -> Result<(), KeyringError> {
+        let (open, _) = self.open()?;
+        let record = open.record(key.slot).ok_or(KeyringError::NotFound)?;
+        let exportable = record.rare.as_ref().is_some_and(|rare| rare.constraints.exportable);
+        if exportable { Ok(()) } else { Err(KeyringError::NotExportable) }
+    }
+
     /// Lends the bytes of a version of an exportable key to `work` and counts the use.
     pub(crate) fn export<T>(
         &mut self,
-        _permit: &Permit,
+        permit: &Permit,
         key: &Found,
         version: KeyVersion,
         work: impl FnOnce(&[u8; KEY_LEN]) -> T,
     ) -> Result<T, KeyringError> {
+        self.check_exportable(permit, key)?;
         let (open, _) = self.open()?;
-        let record = open.record(key.slot).ok_or(KeyringError::NotFound)?;
-        if !record.rare.as_ref().is_some_and(|rare| rare.constraints.exportable) {
-            return Err(KeyringError::NotExportable);
-        }
         open.may_use(key, version, 1)?;
         let sealed = open.count_use(key, version)?;
         let result = open.shield.with_key_bytes(&key.id, version, &sealed, work)?;
@@ -566,30 +593,28 @@ impl Keyring {
         random: &mut impl Random,
     ) -> Result<(), KeyringError> {
         let (open, nonces) = self.open()?;
-        let lock_key = random_secret::<KEY_LEN>(random).map_err(CryptoError::from)?;
-        let record_key = RecordKey::new(lock_key.expose_secret());
-        let mut keys = Vec::with_capacity(open.len());
-        let OpenKeys { shield, records, deadlines, .. } = open;
-        for record in records.iter() {
-            keys.push(LockedKey::seal(&record_key, record, shield, nonces)?);
-        }
-        let next = deadlines.first().map(|(deadline, _)| *deadline);
-        let mut check =
-            LockCheck { salt, nonce: nonces.next()?, tag: Default::default(), lock_key: [0; KEY_LEN] };
-        check.lock_key = *lock_key.expose_secret();
-        let sealed = RecordKey::new(passphrase_key.expose_secret()).seal(
-            check.nonce,
-            LOCK_KEY_PLACE,
-            &mut check.lock_key,
-        );
-        zeroize_stack::<STACK_WIPE_LEN>();
-        match sealed {
-            Ok(tag) => check.tag = tag,
-            Err(_) => {
-                check.lock_key.zeroize();
-                return Err(CryptoError::Record.into());
+        let (check, keys) = apart(|| {
+            let lock_key = random_secret::<KEY_LEN>(random).map_err(CryptoError::from)?;
+            let record_key = RecordKey::new(lock_key.expose_secret());
+            let mut keys = Vec::with_capacity(open.len());
+            let OpenKeys { shield, records, .. } = &mut *open;
+            for record in records.iter() {
+                keys.push(LockedKey::seal(&record_key, record, shield, nonces)?);
             }
-        }
+            let mut check =
+                LockCheck { salt, nonce: nonces.next()?, tag: Default::default(), lock_key: [0; KEY_LEN] };
+            check.lock_key = *lock_key.expose_secret();
+            let passphrase_key = RecordKey::new(passphrase_key.expose_secret());
+            match passphrase_key.seal(check.nonce, LOCK_KEY_PLACE, &mut check.lock_key) {
+                Ok(tag) => check.tag = tag,
+                Err(_) => {
+                    check.lock_key.zeroize();
+                    return Err(CryptoError::Record);
+                }
+            }
+            Ok((check, keys))
+        })?;
+        let next = open.deadlines.first().map(|(deadline, _)| *deadline);
         self.check = Some(check);
         // The open state, and with it every record, index and the pre-key, is wiped as it is dropped here.
         self.state = State::Locked(LockedKeys { keys, next });
@@ -607,16 +632,7 @@ impl Keyring {
         _permit: &Permit,
         passphrase_key: &Secret<KEY_LEN>,
     ) -> Result<(), KeyringError> {
-        self.lock_key(passphrase_key).map(|_| ())
-    }
-
-    fn lock_key(&self, passphrase_key: &Secret<KEY_LEN>) -> Result<Zeroizing<[u8; KEY_LEN]>, KeyringError> {
-        let check = self.check.as_ref().ok_or(KeyringError::WrongPassphrase)?;
-        let mut lock_key = Zeroizing::new(check.lock_key);
-        RecordKey::new(passphrase_key.expose_secret())
-            .open(check.nonce, LOCK_KEY_PLACE, lock_key.as_mut_slice(), &check.tag)
-            .map_err(|_| KeyringError::WrongPassphrase)?;
-        Ok(lock_key)
+        apart(|| lock_key(self.check.as_ref(), passphrase_key).map(|_| ()))
     }
 
     /// Opens the lock: a new pre-key, and every key sealed under it. On an error the keyring stays locked.
@@ -627,17 +643,34 @@ impl Keyring {
         random: &mut impl Random,
     ) -> Result<(), KeyringError> {
         let State::Locked(locked) = &self.state else { return Ok(()) };
-        let record_key = RecordKey::new(&*self.lock_key(passphrase_key)?);
-        let mut open = Box::new(OpenKeys::new(Shield::new(self.memory, random)?));
-        for key in &locked.keys {
-            let plain = key.open(&record_key)?;
-            let record = KeyRecord::from_bytes(&plain, &mut open.shield, &mut self.nonces)?;
-            open.insert(record)?;
-        }
-        zeroize_stack::<STACK_WIPE_LEN>();
+        let (memory, nonces) = (self.memory, &mut self.nonces);
+        let check = self.check.as_ref();
+        let open = apart(|| {
+            let record_key = RecordKey::new(&*lock_key(check, passphrase_key)?);
+            let mut open = Box::new(OpenKeys::new(Shield::new(memory, random)?));
+            for key in &locked.keys {
+                let plain = key.open(&record_key)?;
+                let record = KeyRecord::from_bytes(&plain, &mut open.shield, nonces)?;
+                open.insert(record)?;
+            }
+            Ok::<_, KeyringError>(open)
+        })?;
         self.state = State::Open(open);
         Ok(())
     }
+}
+
+/// The key that the keys of a lock are sealed under, for whoever has the passphrase.
+fn lock_key(
+    check: Option<&LockCheck>,
+    passphrase_key: &Secret<KEY_LEN>,
+) -> Result<Zeroizing<[u8; KEY_LEN]>, KeyringError> {
+    let check = check.ok_or(KeyringError::WrongPassphrase)?;
+    let mut lock_key = Zeroizing::new(check.lock_key);
+    RecordKey::new(passphrase_key.expose_secret())
+        .open(check.nonce, LOCK_KEY_PLACE, lock_key.as_mut_slice(), &check.tag)
+        .map_err(|_| KeyringError::WrongPassphrase)?;
+    Ok(lock_key)
 }
 
 /// The place of the lock key, and of a key under it, in the additional data of their records.
