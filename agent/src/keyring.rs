@@ -125,6 +125,8 @@ struct Rare {
     expires: Option<Duration>,
     /// In ascending order, all below the primary one.
     older: Vec<VersionRecord>,
+    /// Uses of them.
+    older_uses: u64,
 }
 
 /// A key as it lies in ordinary memory.
@@ -137,11 +139,15 @@ struct KeyRecord {
 
 impl Default for Rare {
     fn default() -> Self {
-        Self { constraints: PLAIN, expires: None, older: Vec::new() }
+        Self { constraints: PLAIN, expires: None, older: Vec::new(), older_uses: 0 }
     }
 }
 
 impl Rare {
+    fn place(&self, version: KeyVersion) -> Option<usize> {
+        self.older.binary_search_by_key(&version, |old| old.version).ok()
+    }
+
     /// Keeps a version that is primary no more. A vector that grows by itself leaves sealed keys behind, where no removal finds
     /// them.
     fn keep(&mut self, version: VersionRecord) {
@@ -150,6 +156,7 @@ impl Rare {
             larger.extend_from_slice(&self.older);
             self.older = larger;
         }
+        self.older_uses = self.older_uses.saturating_add(version.uses);
         self.older.push(version);
     }
 }
@@ -384,7 +391,7 @@ impl Keyring {
         let rare = (constraints != PLAIN).then(|| {
             // A moment that no clock reaches is none.
             let expires = constraints.lifetime.and_then(|lifetime| boot.checked_add(lifetime));
-            Box::new(Rare { constraints, expires, older: Vec::new() })
+            Box::new(Rare { constraints, expires, ..Rare::default() })
         });
         let primary = VersionRecord { version, created: unix, uses: 0, sealed };
         let slot = open.insert(KeyRecord { name: name.as_str().into(), id, primary, rare })?;
@@ -688,17 +695,28 @@ impl KeyRecord {
         older.iter().chain(std::iter::once(&self.primary))
     }
 
-    fn version_mut(&mut self, version: KeyVersion) -> Option<&mut VersionRecord> {
-        if self.primary.version == version {
-            return Some(&mut self.primary);
-        }
-        let older = &mut self.rare.as_mut()?.older;
-        let place = older.binary_search_by_key(&version, |old| old.version).ok()?;
-        older.get_mut(place)
+    fn has(&self, version: KeyVersion) -> bool {
+        let older = || self.rare.as_ref()?.place(version);
+        self.primary.version == version || older().is_some()
+    }
+
+    /// Counts a use of a version, and gives its sealed bytes.
+    fn count_use(&mut self, version: KeyVersion) -> Option<SealedKey> {
+        let used = if self.primary.version == version {
+            &mut self.primary
+        } else {
+            let rare = self.rare.as_mut()?;
+            let place = rare.place(version)?;
+            rare.older_uses = rare.older_uses.saturating_add(1);
+            rare.older.get_mut(place)?
+        };
+        used.uses = used.uses.saturating_add(1);
+        Some(used.sealed.clone())
     }
 
     fn uses(&self) -> u64 {
-        self.versions().fold(0, |uses, version| uses.saturating_add(version.uses))
+        let older = self.rare.as_ref().map_or(0, |rare| rare.older_uses);
+        self.primary.uses.saturating_add(older)
     }
 
     /// All of the key, for a lock. Fixed places, since they never leave this process.
@@ -769,7 +787,8 @@ impl KeyRecord {
         }
         let primary = older.pop().ok_or(CryptoError::Record)?;
         let plain = constraints == PLAIN && older.is_empty();
-        let rare = (!plain).then(|| Box::new(Rare { constraints, expires, older }));
+        let older_uses = older.iter().fold(0u64, |uses, version| uses.saturating_add(version.uses));
+        let rare = (!plain).then(|| Box::new(Rare { constraints, expires, older, older_uses }));
         Ok(Self { name: name.into(), id, primary, rare })
     }
 }
@@ -897,7 +916,7 @@ impl OpenKeys {
     fn may_use(&self, key: &Found, version: KeyVersion, times: u64) -> Result<(), KeyringError> {
         let record = self.record(key.slot).filter(|record| record.id == key.id);
         let record = record.ok_or(KeyringError::NotFound)?;
-        if record.versions().all(|have| have.version != version) {
+        if !record.has(version) {
             return Err(KeyringError::NotFound);
         }
         let Some(Rare { constraints, .. }) = record.rare.as_deref() else { return Ok(()) };
@@ -913,9 +932,7 @@ impl OpenKeys {
     /// Counts a use that is allowed, and gives the sealed bytes of the version.
     fn count_use(&mut self, key: &Found, version: KeyVersion) -> Result<SealedKey, KeyringError> {
         let record = self.records.get_mut(key.slot as usize).and_then(Option::as_mut);
-        let version = record.and_then(|record| record.version_mut(version)).ok_or(KeyringError::NotFound)?;
-        version.uses = version.uses.saturating_add(1);
-        Ok(version.sealed.clone())
+        record.and_then(|record| record.count_use(version)).ok_or(KeyringError::NotFound)
     }
 
     fn summary(&mut self, slot: u32) -> Result<KeySummary, KeyringError> {

@@ -156,7 +156,7 @@ impl<R: Random, A: Audit> Core<R, A> {
         self.keyring.check_exportable(&permit, key)?;
         match salt {
             //= docs/protocol.md#414-export
-            //# Statuses: `ok`; `malformed` for a bad name, and for a payload where the agent was not locked since its start
+            //# for a payload where the agent was not locked since its start
             None if !passphrase.is_empty() => Err(Status::Malformed.into()),
             None => {
                 self.give_out(&permit, uid, key, version, request_id, replies)?;
