@@ -220,6 +220,7 @@ impl<R: Random, A: Audit> Core<R, A> {
     ) -> Outcome {
         replies.set_frame_max(self.limits.frame);
         self.expire(now);
+        self.counts.taken_up();
         let (request_id, opcode) = (frame.head.request_id, Opcode::from_code(frame.head.code));
         let before = replies.waiting().len();
         let answered = self.answer(session, frame, now, around, replies);
@@ -331,8 +332,8 @@ impl<R: Random, A: Audit> Core<R, A> {
                 push(replies, request_id, &removed)?;
             }
             Request::Export { fields, passphrase } => {
-                let key = self.keyring.find(&permit, session.selector(fields.key)?)?;
-                return self.export(permit, uid, &key, fields.version, passphrase, request_id, now, replies);
+                let key = session.selector(fields.key);
+                return self.export(permit, uid, key, fields.version, passphrase, request_id, now, replies);
             }
             Request::Encrypt { fields, plaintext } => {
                 let key = session.selector(fields.key)?;
@@ -566,6 +567,7 @@ impl<R: Random, A: Audit> Core<R, A> {
         self.expire(now);
         let opcode = ticket.purpose.opcode();
         let request_id = ticket.request_id;
+        let before = replies.waiting().len();
         let key = key.ok_or(Refused::busy(Duration::from_secs(1)));
         let done = key.and_then(|key| self.finish(ticket, &key, now, replies));
         match done {
@@ -575,6 +577,7 @@ impl<R: Random, A: Audit> Core<R, A> {
                 refuse(request_id, &refused, replies);
             }
         }
+        self.counts.moved(0, replies.waiting().len().saturating_sub(before));
     }
 
     fn finish(

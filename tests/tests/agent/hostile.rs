@@ -141,7 +141,7 @@ fn clients_that_never_read_do_not_fill_the_agent_and_others_are_served() {
     let before = memory(agent.pid);
     let mut pumped = 0;
     let mut silent = Vec::new();
-    for _ in 0..24 {
+    for _ in 0..64 {
         let wire = agent.connect();
         wire.stream.set_nonblocking(true).unwrap();
         silent.push(wire);

@@ -3,12 +3,18 @@
 //! One binary, so that the scenarios share the machine's cores; each starts an agent of its own and, unless it says
 //! otherwise, ends with that agent stopped, its folder empty and no panic counted.
 
+mod batch;
+mod constraints;
+mod desk;
 mod frames;
 mod hostile;
+mod keys;
 mod lock;
 mod made;
+mod many;
 mod memory;
 mod operations;
+mod pairs;
 mod peers;
 mod start;
 mod statuses;

@@ -7,6 +7,7 @@ use std::{
     os::unix::{
         fs::{MetadataExt, PermissionsExt, symlink},
         net::{UnixListener, UnixStream},
+        process::ExitStatusExt,
     },
     path::{Path, PathBuf},
     process::{Child, Command},
@@ -456,6 +457,32 @@ fn a_front_that_is_half_written_is_made_whole() {
     assert_eq!(tally(rewrap(&scene, &["-r"], &[&folder])), tally_of(0, 1, 0));
     assert!(fs::read(&file).unwrap() == new);
     assert_eq!(names(&folder), ["stream"]);
+}
+
+#[test]
+fn a_run_that_is_asked_to_end_leaves_nothing_half_done() {
+    let scene = Scene::new();
+    let maker = Maker::new(&scene);
+    let tree = scene.path("tree");
+    fs::create_dir(&tree).unwrap();
+    let mut wire = scene.agent.connect();
+    for number in 0..2000 {
+        let bytes = match number % 2 {
+            0 => maker.stream(&random(), ContextRef::EMPTY, &content(number)),
+            _ => wire.encrypt("k", ContextRef::EMPTY.as_bytes(), &content(number)).unwrap(),
+        };
+        fs::write(tree.join(number.to_string()), bytes).unwrap();
+    }
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        let wanted = rotate(&mut wire);
+        let enough = moved(&mut wire) + 300;
+        let mut child = rewrap(&scene, &["-r"], &[&tree]).spawn().unwrap();
+        wait_until("it is in the middle of its work", || moved(&mut wire) >= enough);
+        send_signal(child.id().cast_signed(), signal);
+        assert_eq!(wait_for(&mut child).signal(), Some(signal as i32));
+        assert_eq!(names(&tree).len(), 2000, "a side file is left");
+        assert!(files(&tree).iter().any(|path| version(path) < wanted), "it had ended by itself");
+    }
 }
 
 #[test]

@@ -757,3 +757,35 @@ impl Jobs {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn a_tree_is_not_left_by_any_way() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().join("root");
+        fs::create_dir_all(root.join("in/deep")).unwrap();
+        fs::create_dir(folder.path().join("outside")).unwrap();
+        symlink("../outside", root.join("out")).unwrap();
+        symlink("in", root.join("again")).unwrap();
+        let opened = File::open(&root).unwrap();
+        let tree = Tree { root: opened.into(), path: root.clone() };
+        for inside in ["", "in", "in/deep"] {
+            assert!(tree.open(Path::new(inside)).is_ok(), "{inside}");
+        }
+        // Neither what leads out, nor what was a folder when it was listed and is a symlink now.
+        for outside in ["out", "again", "again/deep", "..", "../outside", "/"] {
+            assert!(tree.open(Path::new(outside)).is_err(), "{outside}");
+        }
+        // What is found is what lies there by its own name.
+        fs::write(root.join("in/deep/file"), "").unwrap();
+        let mut jobs = Jobs::default();
+        jobs.add(&root, true).unwrap();
+        let paths: Vec<_> = jobs.files.iter().map(Job::path).collect();
+        assert_eq!((paths, jobs.skipped, jobs.failures.len()), (vec![root.join("in/deep/file")], 2, 0));
+    }
+}
