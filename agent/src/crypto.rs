@@ -17,7 +17,7 @@ use zeroize::Zeroize;
 const PRE_KEY_LEN: usize = 16 * 1024;
 
 /// Bytes of stack that are wiped after an operation with a key.
-pub(crate) const STACK_WIPE_LEN: usize = 8192;
+const STACK_WIPE_LEN: usize = 8192;
 
 /// Expanded keys that are kept at hand while the agent is busy.
 const HOT_KEYS: usize = 8;
@@ -188,7 +188,7 @@ impl Hot {
 
 /// Does `work` in a frame of its own, so that all that it leaves on the stack lies in the part that is wiped then. What
 /// stands in the caller's own frame would not.
-fn apart<T>(work: impl FnOnce() -> T) -> T {
+pub(crate) fn apart<T>(work: impl FnOnce() -> T) -> T {
     #[inline(never)]
     fn below<T>(work: impl FnOnce() -> T) -> T {
         work()

@@ -15,7 +15,7 @@ use compact_str::CompactString;
 use hashbrown::HashTable;
 use kms_envelope::{ExpandKey, KEY_LEN, KeyId, KeyVersion, RECORD_TAG_LEN, RecordKey};
 use kms_protocol::{KeyName, PAGE_ROWS_MAX};
-use kms_secret_memory::{Backing, Policy, Secret, zeroize_stack};
+use kms_secret_memory::{Backing, Policy, Secret};
 use thiserror::Error;
 use zeroize::{Zeroize, Zeroizing};
 
@@ -23,7 +23,7 @@ use crate::{
     authorize::Permit,
     constraints::Constraints,
     crypto::{
-        CryptoError, LOCK_SALT_LEN, Random, RecordNonces, STACK_WIPE_LEN, SealedKey, Shield, random_bytes,
+        CryptoError, LOCK_SALT_LEN, Random, RecordNonces, SealedKey, Shield, apart, random_bytes,
         random_secret,
     },
 };
@@ -536,6 +536,11 @@ impl Keyring {
         Ok(result)
     }
 
+    /// Whether the bytes of a key may ever be lent.
+    pub(crate) fn may_export(&mut self, _permit: &Permit, key: &Found) -> Result<(), KeyringError> {
+        self.open()?.0.may_export(key)
+    }
+
     /// Lends the bytes of a version of an exportable key to `work` and counts the use.
     pub(crate) fn export<T>(
         &mut self,
@@ -545,10 +550,7 @@ impl Keyring {
         work: impl FnOnce(&[u8; KEY_LEN]) -> T,
     ) -> Result<T, KeyringError> {
         let (open, _) = self.open()?;
-        let record = open.record(key.slot).ok_or(KeyringError::NotFound)?;
-        if !record.rare.as_ref().is_some_and(|rare| rare.constraints.exportable) {
-            return Err(KeyringError::NotExportable);
-        }
+        open.may_export(key)?;
         open.may_use(key, version, 1)?;
         let sealed = open.count_use(key, version)?;
         let result = open.shield.with_key_bytes(&key.id, version, &sealed, work)?;
@@ -566,30 +568,8 @@ impl Keyring {
         random: &mut impl Random,
     ) -> Result<(), KeyringError> {
         let (open, nonces) = self.open()?;
-        let lock_key = random_secret::<KEY_LEN>(random).map_err(CryptoError::from)?;
-        let record_key = RecordKey::new(lock_key.expose_secret());
-        let mut keys = Vec::with_capacity(open.len());
-        let OpenKeys { shield, records, deadlines, .. } = open;
-        for record in records.iter() {
-            keys.push(LockedKey::seal(&record_key, record, shield, nonces)?);
-        }
-        let next = deadlines.first().map(|(deadline, _)| *deadline);
-        let mut check =
-            LockCheck { salt, nonce: nonces.next()?, tag: Default::default(), lock_key: [0; KEY_LEN] };
-        check.lock_key = *lock_key.expose_secret();
-        let sealed = RecordKey::new(passphrase_key.expose_secret()).seal(
-            check.nonce,
-            LOCK_KEY_PLACE,
-            &mut check.lock_key,
-        );
-        zeroize_stack::<STACK_WIPE_LEN>();
-        match sealed {
-            Ok(tag) => check.tag = tag,
-            Err(_) => {
-                check.lock_key.zeroize();
-                return Err(CryptoError::Record.into());
-            }
-        }
+        let next = open.deadlines.first().map(|(deadline, _)| *deadline);
+        let (keys, check) = apart(|| open.seal_all(passphrase_key, salt, nonces, random))?;
         self.check = Some(check);
         // The open state, and with it every record, index and the pre-key, is wiped as it is dropped here.
         self.state = State::Locked(LockedKeys { keys, next });
@@ -607,7 +587,7 @@ impl Keyring {
         _permit: &Permit,
         passphrase_key: &Secret<KEY_LEN>,
     ) -> Result<(), KeyringError> {
-        self.lock_key(passphrase_key).map(|_| ())
+        apart(|| self.lock_key(passphrase_key).map(|_| ()))
     }
 
     fn lock_key(&self, passphrase_key: &Secret<KEY_LEN>) -> Result<Zeroizing<[u8; KEY_LEN]>, KeyringError> {
@@ -626,7 +606,18 @@ impl Keyring {
         passphrase_key: &Secret<KEY_LEN>,
         random: &mut impl Random,
     ) -> Result<(), KeyringError> {
-        let State::Locked(locked) = &self.state else { return Ok(()) };
+        let State::Locked(_) = &self.state else { return Ok(()) };
+        let open = apart(|| self.open_all(passphrase_key, random))?;
+        self.state = State::Open(open);
+        Ok(())
+    }
+
+    fn open_all(
+        &mut self,
+        passphrase_key: &Secret<KEY_LEN>,
+        random: &mut impl Random,
+    ) -> Result<Box<OpenKeys>, KeyringError> {
+        let State::Locked(locked) = &self.state else { return Err(KeyringError::Locked) };
         let record_key = RecordKey::new(&*self.lock_key(passphrase_key)?);
         let mut open = Box::new(OpenKeys::new(Shield::new(self.memory, random)?));
         for key in &locked.keys {
@@ -634,9 +625,7 @@ impl Keyring {
             let record = KeyRecord::from_bytes(&plain, &mut open.shield, &mut self.nonces)?;
             open.insert(record)?;
         }
-        zeroize_stack::<STACK_WIPE_LEN>();
-        self.state = State::Open(open);
-        Ok(())
+        Ok(open)
     }
 }
 
@@ -653,6 +642,15 @@ impl KeyRecord {
     fn versions(&self) -> impl Iterator<Item = &VersionRecord> {
         let older = self.rare.as_ref().map_or(&[][..], |rare| &rare.older);
         older.iter().chain(std::iter::once(&self.primary))
+    }
+
+    fn version(&self, version: KeyVersion) -> Option<&VersionRecord> {
+        if self.primary.version == version {
+            return Some(&self.primary);
+        }
+        let older = &self.rare.as_ref()?.older;
+        let place = older.binary_search_by_key(&version, |old| old.version).ok()?;
+        older.get(place)
     }
 
     fn version_mut(&mut self, version: KeyVersion) -> Option<&mut VersionRecord> {
@@ -860,13 +858,41 @@ impl OpenKeys {
         Some(id)
     }
 
+    /// Every key, sealed under a random key, and that key sealed under `passphrase_key`.
+    fn seal_all(
+        &mut self,
+        passphrase_key: &Secret<KEY_LEN>,
+        salt: [u8; LOCK_SALT_LEN],
+        nonces: &mut RecordNonces,
+        random: &mut impl Random,
+    ) -> Result<(Vec<LockedKey>, LockCheck), KeyringError> {
+        let lock_key = random_secret::<KEY_LEN>(random).map_err(CryptoError::from)?;
+        let record_key = RecordKey::new(lock_key.expose_secret());
+        let mut keys = Vec::with_capacity(self.len());
+        let Self { shield, records, .. } = self;
+        for record in records.iter() {
+            keys.push(LockedKey::seal(&record_key, record, shield, nonces)?);
+        }
+        let nonce = nonces.next()?;
+        let mut sealed = lock_key;
+        let passphrase_key = RecordKey::new(passphrase_key.expose_secret());
+        let tag = passphrase_key.seal(nonce, LOCK_KEY_PLACE, sealed.expose_secret_mut());
+        let tag = tag.map_err(|_| CryptoError::Record)?;
+        Ok((keys, LockCheck { salt, nonce, tag, lock_key: *sealed.expose_secret() }))
+    }
+
+    /// Whether the bytes of the key may ever be lent.
+    fn may_export(&self, key: &Found) -> Result<(), KeyringError> {
+        let record = self.record(key.slot).ok_or(KeyringError::NotFound)?;
+        let exportable = record.rare.as_ref().is_some_and(|rare| rare.constraints.exportable);
+        if exportable { Ok(()) } else { Err(KeyringError::NotExportable) }
+    }
+
     /// Whether a version of the key can be used so many times now.
     fn may_use(&self, key: &Found, version: KeyVersion, times: u64) -> Result<(), KeyringError> {
         let record = self.record(key.slot).filter(|record| record.id == key.id);
         let record = record.ok_or(KeyringError::NotFound)?;
-        if record.versions().all(|have| have.version != version) {
-            return Err(KeyringError::NotFound);
-        }
+        record.version(version).ok_or(KeyringError::NotFound)?;
         let Some(Rare { constraints, .. }) = record.rare.as_deref() else { return Ok(()) };
         if constraints.confirm {
             return Err(KeyringError::Unconfirmed);

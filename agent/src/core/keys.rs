@@ -7,7 +7,7 @@ use kms_protocol::{
 };
 use zeroize::Zeroize;
 
-use super::{Core, Now, Outcome, Ticket, TicketPurpose, push, refusal::Refused, secret_passphrase};
+use super::{Core, Now, Outcome, TicketPurpose, push, refusal::Refused, secret_passphrase};
 use crate::{
     audit::{Audit, Event},
     authorize::Permit,
@@ -145,6 +145,7 @@ impl<R: Random, A: Audit> Core<R, A> {
         now: Now,
         replies: &mut Replies,
     ) -> Result<Outcome, Refused> {
+        self.keyring.may_export(&permit, key)?;
         match self.keyring.lock_salt() {
             //= docs/protocol.md#414-export
             //# Statuses: `ok`; `malformed` for a bad name, and for a payload where the agent was not locked since its start
@@ -158,7 +159,7 @@ impl<R: Random, A: Audit> Core<R, A> {
                 let passphrase = secret_passphrase(passphrase)?;
                 self.back_off(uid, now)?;
                 let purpose = TicketPurpose::Export { key: key.id, version };
-                self.derive(passphrase, salt, Ticket { request_id, permit, uid, purpose })
+                self.derive(passphrase, salt, request_id, permit, uid, purpose)
             }
         }
     }
