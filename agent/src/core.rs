@@ -104,6 +104,8 @@ pub struct Session {
     number: u64,
     peer: Peer,
     greeted: bool,
+    /// What `hello` names. It outlives a change of the limits, since the client goes by it.
+    frame_max: usize,
     next_stream: u32,
     /// What the numbers of `bind` stand for: keys, never permits or versions.
     bindings: HashMap<u32, KeyId>,
@@ -114,6 +116,12 @@ impl Session {
     #[must_use]
     pub fn greeted(&self) -> bool {
         self.greeted
+    }
+
+    /// The frame maximum of this connection.
+    #[must_use]
+    pub fn frame_max(&self) -> usize {
+        self.frame_max
     }
 }
 
@@ -199,7 +207,14 @@ impl<R: Random, A: Audit> Core<R, A> {
     pub fn begin(&mut self, peer: Peer) -> Session {
         self.sessions = self.sessions.wrapping_add(1);
         let number = self.sessions;
-        Session { number, peer, greeted: false, next_stream: 1, bindings: HashMap::new() }
+        Session {
+            number,
+            peer,
+            greeted: false,
+            frame_max: self.limits.frame,
+            next_stream: 1,
+            bindings: HashMap::new(),
+        }
     }
 
     /// The connection is over, and with it its streams.
@@ -221,7 +236,7 @@ impl<R: Random, A: Audit> Core<R, A> {
         around: Surroundings,
         replies: &mut Replies,
     ) -> Outcome {
-        replies.set_frame_max(self.limits.frame);
+        replies.set_frame_max(session.frame_max);
         self.counts.taken_up();
         self.expire(now);
         let (request_id, opcode) = (frame.head.request_id, Opcode::from_code(frame.head.code));
@@ -471,7 +486,7 @@ impl<R: Random, A: Audit> Core<R, A> {
         let size = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
         let welcome = Welcome {
             version: PROTOCOL_VERSION,
-            frame_max: size(self.limits.frame),
+            frame_max: size(session.frame_max),
             message_max: size(MESSAGE_MAX),
             context_max: size(kms_envelope::CONTEXT_LEN_MAX),
             context_pairs_max: size(kms_envelope::CONTEXT_PAIRS_MAX),
