@@ -13,7 +13,7 @@ mod repeats;
 mod streams;
 mod uses;
 
-use std::{collections::HashMap, time::Duration};
+use std::{collections::HashMap, rc::Rc, time::Duration};
 
 use kms_envelope::{Body, Header, KEY_LEN, KeyId, MESSAGE_MAX, Purpose, STREAM_HEAD_LEN};
 use kms_protocol::{
@@ -35,7 +35,7 @@ use crate::{
     audit::{Audit, Event},
     authorize::{Peer, Permit, Policy, authorize},
     config::Limits,
-    crypto::{Derivation, LOCK_SALT_LEN, Random, Salts, random_bytes},
+    crypto::{Derivation, LOCK_SALT_LEN, Random, Salts, apart, random_bytes},
     keyring::{Found, Keyring, KeyringError, Selector},
     reply::Replies,
 };
@@ -79,6 +79,8 @@ pub struct Ticket {
     permit: Permit,
     uid: u32,
     purpose: TicketPurpose,
+    /// Others wait as long as this is there: a ticket that is lost, with its connection or in a panic, holds up nobody.
+    _turn: Rc<()>,
 }
 
 enum TicketPurpose {
@@ -127,7 +129,8 @@ pub struct Core<R, A> {
     sessions: u64,
     repeats: Repeats,
     back_off: BackOff,
-    deriving: bool,
+    /// Shared with the ticket of the derivation that is under way.
+    turn: Rc<()>,
     started: Duration,
     counts: Counts,
 }
@@ -147,7 +150,7 @@ impl<R: Random, A: Audit> Core<R, A> {
             sessions: 0,
             repeats: Repeats::default(),
             back_off: BackOff::default(),
-            deriving: false,
+            turn: Rc::default(),
             started: now.boot,
             counts: Counts::default(),
         }
@@ -219,8 +222,8 @@ impl<R: Random, A: Audit> Core<R, A> {
         replies: &mut Replies,
     ) -> Outcome {
         replies.set_frame_max(self.limits.frame);
-        self.expire(now);
         self.counts.taken_up();
+        self.expire(now);
         let (request_id, opcode) = (frame.head.request_id, Opcode::from_code(frame.head.code));
         let before = replies.waiting().len();
         let answered = self.answer(session, frame, now, around, replies);
@@ -251,7 +254,9 @@ impl<R: Random, A: Audit> Core<R, A> {
             }
         };
         self.counts.ended(None, status);
+        let before = replies.waiting().len();
         refuse(request_id, &status.into(), replies);
+        self.counts.moved(0, replies.waiting().len().saturating_sub(before));
     }
 
     fn answer(
@@ -364,8 +369,9 @@ impl<R: Random, A: Audit> Core<R, A> {
                 })??;
             }
             Request::RemoteStreamNew(fields) => {
+                self.streams.check_room(session)?;
                 let (head, key) = self.new_stream(&permit, session.selector(fields.key)?, fields.context)?;
-                let body = Box::new(Body::new(key));
+                let body = Box::new(apart(|| Body::new(key)));
                 let key = Header::parse(&head)?.key_id;
                 let stream = self.streams.hold(session, key, OpenStream::Encrypt { body, next: 0 })?;
                 let pushed = replies.push(request_id, &RemoteStream { stream }, head.len(), |payload| {
@@ -375,9 +381,13 @@ impl<R: Random, A: Audit> Core<R, A> {
                 self.streams.keep_if(session, stream, pushed)??;
             }
             Request::RemoteStreamOpen { fields, head } => {
-                let key = session.selector(fields.key);
+                // What the ciphertext must not be is told first, and what finds no room is no use of the key.
+                let key = session.selector(fields.key).and_then(|key| {
+                    self.streams.check_room(session)?;
+                    Ok(key)
+                });
                 let (message_key, id) = self.open_stream(&permit, key, fields.context, head)?;
-                let body = Box::new(Body::new(message_key));
+                let body = Box::new(apart(|| Body::new(message_key)));
                 let stream = self.streams.hold(session, id, OpenStream::Decrypt { body })?;
                 let pushed = replies.push(request_id, &RemoteStream { stream }, 0, |_| Ok::<(), Status>(()));
                 self.streams.keep_if(session, stream, pushed)??;
@@ -412,7 +422,7 @@ impl<R: Random, A: Audit> Core<R, A> {
                 self.data_key(using, key, fields.length, false)?;
             }
             Request::Rewrap { fields, ciphertext } => {
-                let to = fields.to.map(|to| session.selector(to)).transpose()?;
+                let to = fields.to.map(|to| session.selector(to));
                 let using = Use::new(&permit, fields.context, request_id, replies);
                 self.rewrap(using, session.selector(fields.key), to, ciphertext)?;
             }
@@ -510,16 +520,14 @@ impl<R: Random, A: Audit> Core<R, A> {
         replies: &mut Replies,
     ) -> Result<Outcome, Refused> {
         let passphrase = secret_passphrase(passphrase)?;
+        // An unlock that is under way would make the answer untrue.
+        self.check_turn()?;
         if self.keyring.is_locked() {
             push(replies, request_id, &Locking { changed: false })?;
             return Ok(Outcome::Continue);
         }
         let salt = random_bytes(&mut self.random)?;
-        self.derive(
-            passphrase,
-            salt,
-            Ticket { request_id, permit, uid: peer.uid, purpose: TicketPurpose::Lock { salt } },
-        )
+        self.derive(passphrase, salt, request_id, permit, peer.uid, TicketPurpose::Lock { salt })
     }
 
     fn unlock(
@@ -532,13 +540,13 @@ impl<R: Random, A: Audit> Core<R, A> {
         replies: &mut Replies,
     ) -> Result<Outcome, Refused> {
         let passphrase = secret_passphrase(passphrase)?;
+        self.check_turn()?;
         let Some(salt) = self.keyring.lock_salt().filter(|_| self.keyring.is_locked()) else {
             push(replies, request_id, &Locking { changed: false })?;
             return Ok(Outcome::Continue);
         };
         self.back_off(peer.uid, now)?;
-        let purpose = TicketPurpose::Unlock;
-        self.derive(passphrase, salt, Ticket { request_id, permit, uid: peer.uid, purpose })
+        self.derive(passphrase, salt, request_id, permit, peer.uid, TicketPurpose::Unlock)
     }
 
     /// A uid that gave a wrong passphrase waits before the next one is tried.
@@ -548,26 +556,30 @@ impl<R: Random, A: Audit> Core<R, A> {
     }
 
     /// One derivation at a time: each takes a core and 256 MiB.
+    fn check_turn(&self) -> Result<(), Refused> {
+        if Rc::strong_count(&self.turn) > 1 { Err(Refused::busy(Duration::from_secs(1))) } else { Ok(()) }
+    }
+
     fn derive(
-        &mut self,
+        &self,
         passphrase: SecretVec,
         salt: [u8; LOCK_SALT_LEN],
-        ticket: Ticket,
+        request_id: u32,
+        permit: Permit,
+        uid: u32,
+        purpose: TicketPurpose,
     ) -> Result<Outcome, Refused> {
-        if self.deriving {
-            return Err(Refused::busy(Duration::from_secs(1)));
-        }
-        self.deriving = true;
+        self.check_turn()?;
+        let ticket = Ticket { request_id, permit, uid, purpose, _turn: Rc::clone(&self.turn) };
         Ok(Outcome::Derive(Box::new(Derivation::new(passphrase, salt)), ticket))
     }
 
     /// Takes the result of a [`Derivation`] and writes the reply that waited for it.
     pub fn derived(&mut self, ticket: Ticket, key: Option<Secret<KEY_LEN>>, now: Now, replies: &mut Replies) {
-        self.deriving = false;
         self.expire(now);
+        let before = replies.waiting().len();
         let opcode = ticket.purpose.opcode();
         let request_id = ticket.request_id;
-        let before = replies.waiting().len();
         let key = key.ok_or(Refused::busy(Duration::from_secs(1)));
         let done = key.and_then(|key| self.finish(ticket, &key, now, replies));
         match done {
@@ -587,7 +599,7 @@ impl<R: Random, A: Audit> Core<R, A> {
         now: Now,
         replies: &mut Replies,
     ) -> Result<(), Refused> {
-        let Ticket { request_id, permit, uid, purpose } = ticket;
+        let Ticket { request_id, permit, uid, purpose, _turn } = ticket;
         match purpose {
             TicketPurpose::Lock { salt } => {
                 self.keyring.lock(&permit, key, salt, &mut self.random)?;

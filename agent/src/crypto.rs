@@ -17,7 +17,7 @@ use zeroize::{Zeroize, ZeroizeOnDrop};
 const PRE_KEY_LEN: usize = 16 * 1024;
 
 /// Bytes of stack that are wiped after an operation with a key.
-pub(crate) const STACK_WIPE_LEN: usize = 8192;
+const STACK_WIPE_LEN: usize = 8192;
 
 /// Expanded keys that are kept at hand while the agent is busy.
 const HOT_KEYS: usize = 8;

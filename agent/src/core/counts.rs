@@ -24,7 +24,12 @@ impl Default for Counts {
 }
 
 impl Counts {
-    /// A request was answered; without an opcode it was none that this release has.
+    /// A request was taken up.
+    pub(super) fn taken_up(&mut self) {
+        self.requests = self.requests.saturating_add(1);
+    }
+
+    /// A request, or an item of a batch, was answered; without an opcode it was none that this release has.
     pub(super) fn ended(&mut self, opcode: Option<Opcode>, status: Status) {
         let row = self.ended.get_mut(usize::from(opcode.map_or(0, Opcode::code)));
         if let Some(count) = row.and_then(|row| row.get_mut(usize::from(status.code()))) {
@@ -36,11 +41,6 @@ impl Counts {
     pub(super) fn moved(&mut self, bytes_in: usize, bytes_out: usize) {
         self.bytes_in = self.bytes_in.saturating_add(bytes_in as u64);
         self.bytes_out = self.bytes_out.saturating_add(bytes_out as u64);
-    }
-
-    /// A request came, whatever will be the answer.
-    pub(super) fn taken_up(&mut self) {
-        self.requests = self.requests.saturating_add(1);
     }
 
     /// Requests that came; the items of a batch are one.

@@ -7,7 +7,7 @@ use kms_protocol::{
 };
 use zeroize::Zeroize;
 
-use super::{Core, Now, Outcome, Ticket, TicketPurpose, push, refusal::Refused, secret_passphrase};
+use super::{Core, Now, Outcome, TicketPurpose, push, refusal::Refused, secret_passphrase};
 use crate::{
     audit::{Audit, Event},
     authorize::Permit,
@@ -166,7 +166,7 @@ impl<R: Random, A: Audit> Core<R, A> {
                 let passphrase = secret_passphrase(passphrase)?;
                 self.back_off(uid, now)?;
                 let purpose = TicketPurpose::Export { key: key.id, version };
-                self.derive(passphrase, salt, Ticket { request_id, permit, uid, purpose })
+                self.derive(passphrase, salt, request_id, permit, uid, purpose)
             }
         }
     }

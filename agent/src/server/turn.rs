@@ -200,7 +200,14 @@ impl<R: Random, A: Audit> Server<R, A> {
     ) -> Result<Option<usize>, Closed> {
         let frame_max = self.desk.core.limits().frame;
         let buffer = self.input.expose_secret_mut();
-        let Some(len) = read(buffer.get_mut(..READ_LEN).unwrap_or_default())? else { return Ok(None) };
+        let len = match read(buffer.get_mut(..READ_LEN).unwrap_or_default()) {
+            Ok(Some(len)) => len,
+            Ok(None) => return Ok(None),
+            Err(closed) => {
+                self.input.wipe_range(0..READ_LEN);
+                return Err(closed);
+            }
+        };
         let frame_len = frame_len(buffer.get(..len).unwrap_or_default(), frame_max);
         if len < READ_LEN || frame_len <= READ_LEN || frame_len > SHARED_LEN {
             return Ok(Some(len));
@@ -236,21 +243,27 @@ impl<R: Random, A: Audit> Server<R, A> {
         taken: usize,
         stop: Stop,
     ) -> Result<(), Closed> {
-        self.send(key, connection, grant)?;
+        let sent = self.send(key, connection, grant);
         connection.load = if matches!(stop, Stop::Turn) { Load::Heavy } else { Load::Light };
         match stop {
-            Stop::Partial | Stop::Turn => self.settle(key, connection, taken > 0),
+            Stop::Partial | Stop::Turn => {
+                sent?;
+                self.settle(key, connection, taken > 0)
+            }
+            Stop::Work(derivation, ticket) => {
+                // What was taken up is carried out, also for a peer that is gone.
+                self.derive(key, derivation, ticket);
+                sent?;
+                self.set_deadline(key, connection, None);
+                self.wait_for(key, connection, Wait::Work);
+                Ok(())
+            }
             Stop::Last if connection.output.is_none() => Err(Closed),
             Stop::Last => {
+                sent?;
                 connection.input = None;
                 self.set_deadline(key, connection, Some(since_boot().saturating_add(DEADLINE)));
                 self.wait_for(key, connection, Wait::Reader(true));
-                Ok(())
-            }
-            Stop::Work(derivation, ticket) => {
-                self.set_deadline(key, connection, None);
-                self.wait_for(key, connection, Wait::Work);
-                self.derive(key, derivation, ticket);
                 Ok(())
             }
         }
