@@ -567,6 +567,13 @@ fn a_lock_on_a_file_is_waited_for_and_then_given_up() {
     let failed = run(&mut rewrap(&scene, &["--timeout", "1s"], &[&file]));
     assert!(failed.message(1).starts_with("somebody else holds a lock on"), "{}", failed.stderr);
     assert_eq!(version(&file), 1);
+    // What is no ciphertext is none of our business, and neither is its lock.
+    let tree = scene.path("tree");
+    fs::create_dir(&tree).unwrap();
+    fs::write(tree.join("other"), "a file of another program").unwrap();
+    let other = File::open(tree.join("other")).unwrap();
+    other.lock().unwrap();
+    assert_eq!(tally(rewrap(&scene, &["-r", "--timeout", "1s"], &[&tree])), tally_of(0, 0, 1));
     let mut child = rewrap(&scene, &[], &[&file]).spawn().unwrap();
     let is_open = |link: PathBuf| fs::read_link(link).is_ok_and(|target| target == file);
     wait_until("it has the file open", || {

@@ -314,7 +314,17 @@ impl<'a> Move<'a> {
     /// One file.
     fn one(&self, clients: &mut Clients, job: &Job) -> Result<Outcome, Failure> {
         let place = job.place()?;
-        let held = place.hold(self.patience)?;
+        let held = match place.hold(Duration::ZERO) {
+            Err(Failure::InUse { .. }) => {
+                let failed = |source| Failure::Open { path: job.path(), source };
+                // Another program may hold a file of its own for as long as it runs.
+                if job.in_tree() && !place.may_be_ours().map_err(failed)? {
+                    return Ok(Outcome::Skipped);
+                }
+                place.hold(self.patience)?
+            }
+            held => held?,
+        };
         if self.global.dry_run {
             return self.foresee(clients.opening(self)?, &held, job.in_tree());
         }
