@@ -221,6 +221,12 @@ struct Slots(Vec<Vec<Option<KeyRecord>>>);
 impl Slots {
     const BLOCK: usize = 256;
 
+    /// Counts a use that is allowed, and gives the sealed bytes of the version.
+    fn count_use(&mut self, key: &Found, version: KeyVersion) -> Result<&SealedKey, KeyringError> {
+        let record = self.get_mut(key.slot as usize).and_then(Option::as_mut);
+        record.and_then(|record| record.count_use(version)).ok_or(KeyringError::NotFound)
+    }
+
     fn len(&self) -> usize {
         let full = self.0.len().saturating_sub(1).saturating_mul(Self::BLOCK);
         full.saturating_add(self.0.last().map_or(0, Vec::len))
@@ -540,8 +546,9 @@ impl Keyring {
     ) -> Result<T, KeyringError> {
         let (open, _) = self.open()?;
         open.may_use(key, version, 1)?;
-        let sealed = open.count_use(key, version)?;
-        let result = open.shield.with_key(&key.id, version, &sealed, work)?;
+        let OpenKeys { shield, records, .. } = open;
+        let sealed = records.count_use(key, version)?;
+        let result = shield.with_key(&key.id, version, sealed, work)?;
         self.uses = self.uses.saturating_add(1);
         Ok(result)
     }
@@ -557,8 +564,8 @@ impl Keyring {
         let (open, _) = self.open()?;
         open.may_use(key, version, if key.slot == to.slot { 2 } else { 1 })?;
         open.may_use(to, to_version, 1)?;
-        let sealed = open.count_use(key, version)?;
-        let to_sealed = open.count_use(to, to_version)?;
+        let sealed = open.records.count_use(key, version)?.clone();
+        let to_sealed = open.records.count_use(to, to_version)?.clone();
         let first = (&key.id, version, &sealed);
         let result = open.shield.with_keys(first, (&to.id, to_version, &to_sealed), work)?;
         self.uses = self.uses.saturating_add(2);
@@ -584,8 +591,9 @@ impl Keyring {
         self.check_exportable(permit, key)?;
         let (open, _) = self.open()?;
         open.may_use(key, version, 1)?;
-        let sealed = open.count_use(key, version)?;
-        let result = open.shield.with_key_bytes(&key.id, version, &sealed, work)?;
+        let OpenKeys { shield, records, .. } = open;
+        let sealed = records.count_use(key, version)?;
+        let result = shield.with_key_bytes(&key.id, version, sealed, work)?;
         self.uses = self.uses.saturating_add(1);
         Ok(result)
     }
@@ -701,7 +709,7 @@ impl KeyRecord {
     }
 
     /// Counts a use of a version, and gives its sealed bytes.
-    fn count_use(&mut self, version: KeyVersion) -> Option<SealedKey> {
+    fn count_use(&mut self, version: KeyVersion) -> Option<&SealedKey> {
         let used = if self.primary.version == version {
             &mut self.primary
         } else {
@@ -711,7 +719,7 @@ impl KeyRecord {
             rare.older.get_mut(place)?
         };
         used.uses = used.uses.saturating_add(1);
-        Some(used.sealed.clone())
+        Some(&used.sealed)
     }
 
     fn uses(&self) -> u64 {
@@ -927,12 +935,6 @@ impl OpenKeys {
             Some(max) if max.get().saturating_sub(record.uses()) < times => Err(KeyringError::UsedUp),
             _ => Ok(()),
         }
-    }
-
-    /// Counts a use that is allowed, and gives the sealed bytes of the version.
-    fn count_use(&mut self, key: &Found, version: KeyVersion) -> Result<SealedKey, KeyringError> {
-        let record = self.records.get_mut(key.slot as usize).and_then(Option::as_mut);
-        record.and_then(|record| record.count_use(version)).ok_or(KeyringError::NotFound)
     }
 
     fn summary(&mut self, slot: u32) -> Result<KeySummary, KeyringError> {
