@@ -13,7 +13,7 @@ mod repeats;
 mod streams;
 mod uses;
 
-use std::{collections::HashMap, time::Duration};
+use std::{collections::HashMap, rc::Rc, time::Duration};
 
 use kms_envelope::{Body, Header, KEY_LEN, KeyId, MESSAGE_MAX, Purpose, STREAM_HEAD_LEN};
 use kms_protocol::{
@@ -35,7 +35,7 @@ use crate::{
     audit::{Audit, Event},
     authorize::{Peer, Permit, Policy, authorize},
     config::Limits,
-    crypto::{Derivation, LOCK_SALT_LEN, Random, Salts, random_bytes},
+    crypto::{Derivation, LOCK_SALT_LEN, Random, Salts, apart, random_bytes},
     keyring::{Found, Keyring, KeyringError, Selector},
     reply::Replies,
 };
@@ -79,6 +79,8 @@ pub struct Ticket {
     permit: Permit,
     uid: u32,
     purpose: TicketPurpose,
+    /// Others wait as long as this is there: a ticket that is lost, with its connection or in a panic, holds up nobody.
+    _turn: Rc<()>,
 }
 
 enum TicketPurpose {
@@ -102,6 +104,8 @@ pub struct Session {
     number: u64,
     peer: Peer,
     greeted: bool,
+    /// What `hello` names. It outlives a change of the limits, since the client goes by it.
+    frame_max: usize,
     next_stream: u32,
     /// What the numbers of `bind` stand for: keys, never permits or versions.
     bindings: HashMap<u32, KeyId>,
@@ -112,6 +116,12 @@ impl Session {
     #[must_use]
     pub fn greeted(&self) -> bool {
         self.greeted
+    }
+
+    /// The frame maximum of this connection.
+    #[must_use]
+    pub fn frame_max(&self) -> usize {
+        self.frame_max
     }
 }
 
@@ -127,7 +137,8 @@ pub struct Core<R, A> {
     sessions: u64,
     repeats: Repeats,
     back_off: BackOff,
-    deriving: bool,
+    /// Shared with the ticket of the derivation that is under way.
+    turn: Rc<()>,
     started: Duration,
     counts: Counts,
 }
@@ -147,7 +158,7 @@ impl<R: Random, A: Audit> Core<R, A> {
             sessions: 0,
             repeats: Repeats::default(),
             back_off: BackOff::default(),
-            deriving: false,
+            turn: Rc::default(),
             started: now.boot,
             counts: Counts::default(),
         }
@@ -196,7 +207,14 @@ impl<R: Random, A: Audit> Core<R, A> {
     pub fn begin(&mut self, peer: Peer) -> Session {
         self.sessions = self.sessions.wrapping_add(1);
         let number = self.sessions;
-        Session { number, peer, greeted: false, next_stream: 1, bindings: HashMap::new() }
+        Session {
+            number,
+            peer,
+            greeted: false,
+            frame_max: self.limits.frame,
+            next_stream: 1,
+            bindings: HashMap::new(),
+        }
     }
 
     /// The connection is over, and with it its streams.
@@ -218,7 +236,8 @@ impl<R: Random, A: Audit> Core<R, A> {
         around: Surroundings,
         replies: &mut Replies,
     ) -> Outcome {
-        replies.set_frame_max(self.limits.frame);
+        replies.set_frame_max(session.frame_max);
+        self.counts.taken_up();
         self.expire(now);
         let (request_id, opcode) = (frame.head.request_id, Opcode::from_code(frame.head.code));
         let before = replies.waiting().len();
@@ -250,7 +269,9 @@ impl<R: Random, A: Audit> Core<R, A> {
             }
         };
         self.counts.ended(None, status);
+        let before = replies.waiting().len();
         refuse(request_id, &status.into(), replies);
+        self.counts.moved(0, replies.waiting().len().saturating_sub(before));
     }
 
     fn answer(
@@ -331,8 +352,8 @@ impl<R: Random, A: Audit> Core<R, A> {
                 push(replies, request_id, &removed)?;
             }
             Request::Export { fields, passphrase } => {
-                let key = self.keyring.find(&permit, session.selector(fields.key)?)?;
-                return self.export(permit, uid, &key, fields.version, passphrase, request_id, now, replies);
+                let key = session.selector(fields.key);
+                return self.export(permit, uid, key, fields.version, passphrase, request_id, now, replies);
             }
             Request::Encrypt { fields, plaintext } => {
                 let key = session.selector(fields.key)?;
@@ -363,8 +384,9 @@ impl<R: Random, A: Audit> Core<R, A> {
                 })??;
             }
             Request::RemoteStreamNew(fields) => {
+                self.streams.check_room(session)?;
                 let (head, key) = self.new_stream(&permit, session.selector(fields.key)?, fields.context)?;
-                let body = Box::new(Body::new(key));
+                let body = Box::new(apart(|| Body::new(key)));
                 let key = Header::parse(&head)?.key_id;
                 let stream = self.streams.hold(session, key, OpenStream::Encrypt { body, next: 0 })?;
                 let pushed = replies.push(request_id, &RemoteStream { stream }, head.len(), |payload| {
@@ -374,9 +396,13 @@ impl<R: Random, A: Audit> Core<R, A> {
                 self.streams.keep_if(session, stream, pushed)??;
             }
             Request::RemoteStreamOpen { fields, head } => {
-                let key = session.selector(fields.key);
+                // What the ciphertext must not be is told first, and what finds no room is no use of the key.
+                let key = session.selector(fields.key).and_then(|key| {
+                    self.streams.check_room(session)?;
+                    Ok(key)
+                });
                 let (message_key, id) = self.open_stream(&permit, key, fields.context, head)?;
-                let body = Box::new(Body::new(message_key));
+                let body = Box::new(apart(|| Body::new(message_key)));
                 let stream = self.streams.hold(session, id, OpenStream::Decrypt { body })?;
                 let pushed = replies.push(request_id, &RemoteStream { stream }, 0, |_| Ok::<(), Status>(()));
                 self.streams.keep_if(session, stream, pushed)??;
@@ -411,7 +437,7 @@ impl<R: Random, A: Audit> Core<R, A> {
                 self.data_key(using, key, fields.length, false)?;
             }
             Request::Rewrap { fields, ciphertext } => {
-                let to = fields.to.map(|to| session.selector(to)).transpose()?;
+                let to = fields.to.map(|to| session.selector(to));
                 let using = Use::new(&permit, fields.context, request_id, replies);
                 self.rewrap(using, session.selector(fields.key), to, ciphertext)?;
             }
@@ -460,7 +486,7 @@ impl<R: Random, A: Audit> Core<R, A> {
         let size = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
         let welcome = Welcome {
             version: PROTOCOL_VERSION,
-            frame_max: size(self.limits.frame),
+            frame_max: size(session.frame_max),
             message_max: size(MESSAGE_MAX),
             context_max: size(kms_envelope::CONTEXT_LEN_MAX),
             context_pairs_max: size(kms_envelope::CONTEXT_PAIRS_MAX),
@@ -509,16 +535,14 @@ impl<R: Random, A: Audit> Core<R, A> {
         replies: &mut Replies,
     ) -> Result<Outcome, Refused> {
         let passphrase = secret_passphrase(passphrase)?;
+        // An unlock that is under way would make the answer untrue.
+        self.check_turn()?;
         if self.keyring.is_locked() {
             push(replies, request_id, &Locking { changed: false })?;
             return Ok(Outcome::Continue);
         }
         let salt = random_bytes(&mut self.random)?;
-        self.derive(
-            passphrase,
-            salt,
-            Ticket { request_id, permit, uid: peer.uid, purpose: TicketPurpose::Lock { salt } },
-        )
+        self.derive(passphrase, salt, request_id, permit, peer.uid, TicketPurpose::Lock { salt })
     }
 
     fn unlock(
@@ -531,13 +555,13 @@ impl<R: Random, A: Audit> Core<R, A> {
         replies: &mut Replies,
     ) -> Result<Outcome, Refused> {
         let passphrase = secret_passphrase(passphrase)?;
+        self.check_turn()?;
         let Some(salt) = self.keyring.lock_salt().filter(|_| self.keyring.is_locked()) else {
             push(replies, request_id, &Locking { changed: false })?;
             return Ok(Outcome::Continue);
         };
         self.back_off(peer.uid, now)?;
-        let purpose = TicketPurpose::Unlock;
-        self.derive(passphrase, salt, Ticket { request_id, permit, uid: peer.uid, purpose })
+        self.derive(passphrase, salt, request_id, permit, peer.uid, TicketPurpose::Unlock)
     }
 
     /// A uid that gave a wrong passphrase waits before the next one is tried.
@@ -547,23 +571,28 @@ impl<R: Random, A: Audit> Core<R, A> {
     }
 
     /// One derivation at a time: each takes a core and 256 MiB.
+    fn check_turn(&self) -> Result<(), Refused> {
+        if Rc::strong_count(&self.turn) > 1 { Err(Refused::busy(Duration::from_secs(1))) } else { Ok(()) }
+    }
+
     fn derive(
-        &mut self,
+        &self,
         passphrase: SecretVec,
         salt: [u8; LOCK_SALT_LEN],
-        ticket: Ticket,
+        request_id: u32,
+        permit: Permit,
+        uid: u32,
+        purpose: TicketPurpose,
     ) -> Result<Outcome, Refused> {
-        if self.deriving {
-            return Err(Refused::busy(Duration::from_secs(1)));
-        }
-        self.deriving = true;
+        self.check_turn()?;
+        let ticket = Ticket { request_id, permit, uid, purpose, _turn: Rc::clone(&self.turn) };
         Ok(Outcome::Derive(Box::new(Derivation::new(passphrase, salt)), ticket))
     }
 
     /// Takes the result of a [`Derivation`] and writes the reply that waited for it.
     pub fn derived(&mut self, ticket: Ticket, key: Option<Secret<KEY_LEN>>, now: Now, replies: &mut Replies) {
-        self.deriving = false;
         self.expire(now);
+        let before = replies.waiting().len();
         let opcode = ticket.purpose.opcode();
         let request_id = ticket.request_id;
         let key = key.ok_or(Refused::busy(Duration::from_secs(1)));
@@ -575,6 +604,7 @@ impl<R: Random, A: Audit> Core<R, A> {
                 refuse(request_id, &refused, replies);
             }
         }
+        self.counts.moved(0, replies.waiting().len().saturating_sub(before));
     }
 
     fn finish(
@@ -584,7 +614,7 @@ impl<R: Random, A: Audit> Core<R, A> {
         now: Now,
         replies: &mut Replies,
     ) -> Result<(), Refused> {
-        let Ticket { request_id, permit, uid, purpose } = ticket;
+        let Ticket { request_id, permit, uid, purpose, _turn } = ticket;
         match purpose {
             TicketPurpose::Lock { salt } => {
                 self.keyring.lock(&permit, key, salt, &mut self.random)?;

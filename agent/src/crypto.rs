@@ -11,13 +11,13 @@ use kms_secret_memory::{
     Backing, LockedBox, Policy, RegionError, Secret, SecretRegion, SecretVec, zeroize_stack,
 };
 use thiserror::Error;
-use zeroize::Zeroize;
+use zeroize::{Zeroize, ZeroizeOnDrop};
 
 /// Length of the pre-key, in bytes: what a side channel has to read without an error before it has one key.
 const PRE_KEY_LEN: usize = 16 * 1024;
 
 /// Bytes of stack that are wiped after an operation with a key.
-pub(crate) const STACK_WIPE_LEN: usize = 8192;
+const STACK_WIPE_LEN: usize = 8192;
 
 /// Expanded keys that are kept at hand while the agent is busy.
 const HOT_KEYS: usize = 8;
@@ -127,8 +127,9 @@ impl RecordNonces {
     }
 }
 
-/// A key version as it lies in ordinary memory: 56 bytes, and no secret without the shield.
-#[derive(Clone)]
+/// A key version as it lies in ordinary memory: 56 bytes, and no secret without the shield. Wiped where it lay, since the shield
+/// outlives a key that is removed.
+#[derive(Clone, ZeroizeOnDrop)]
 pub(crate) struct SealedKey {
     nonce: u64,
     tag: [u8; RECORD_TAG_LEN],
@@ -188,7 +189,7 @@ impl Hot {
 
 /// Does `work` in a frame of its own, so that all that it leaves on the stack lies in the part that is wiped then. What
 /// stands in the caller's own frame would not.
-fn apart<T>(work: impl FnOnce() -> T) -> T {
+pub(crate) fn apart<T>(work: impl FnOnce() -> T) -> T {
     #[inline(never)]
     fn below<T>(work: impl FnOnce() -> T) -> T {
         work()

@@ -15,7 +15,7 @@ use compact_str::CompactString;
 use hashbrown::HashTable;
 use kms_envelope::{ExpandKey, KEY_LEN, KeyId, KeyVersion, RECORD_TAG_LEN, RecordKey};
 use kms_protocol::{KeyName, PAGE_ROWS_MAX};
-use kms_secret_memory::{Backing, Policy, Secret, zeroize_stack};
+use kms_secret_memory::{Backing, Policy, Secret};
 use thiserror::Error;
 use zeroize::{Zeroize, Zeroizing};
 
@@ -23,7 +23,7 @@ use crate::{
     authorize::Permit,
     constraints::Constraints,
     crypto::{
-        CryptoError, LOCK_SALT_LEN, Random, RecordNonces, STACK_WIPE_LEN, SealedKey, Shield, random_bytes,
+        CryptoError, LOCK_SALT_LEN, Random, RecordNonces, SealedKey, Shield, apart, random_bytes,
         random_secret,
     },
 };
@@ -106,6 +106,7 @@ pub(crate) struct VersionSummary {
 }
 
 /// A version of a key as it lies in ordinary memory.
+#[derive(Clone)]
 struct VersionRecord {
     version: KeyVersion,
     created: u64,
@@ -124,6 +125,8 @@ struct Rare {
     expires: Option<Duration>,
     /// In ascending order, all below the primary one.
     older: Vec<VersionRecord>,
+    /// Uses of them.
+    older_uses: u64,
 }
 
 /// A key as it lies in ordinary memory.
@@ -136,7 +139,25 @@ struct KeyRecord {
 
 impl Default for Rare {
     fn default() -> Self {
-        Self { constraints: PLAIN, expires: None, older: Vec::new() }
+        Self { constraints: PLAIN, expires: None, older: Vec::new(), older_uses: 0 }
+    }
+}
+
+impl Rare {
+    fn place(&self, version: KeyVersion) -> Option<usize> {
+        self.older.binary_search_by_key(&version, |old| old.version).ok()
+    }
+
+    /// Keeps a version that is primary no more. A vector that grows by itself leaves sealed keys behind, where no removal finds
+    /// them.
+    fn keep(&mut self, version: VersionRecord) {
+        if self.older.len() == self.older.capacity() {
+            let mut larger = Vec::with_capacity(self.older.len().saturating_mul(2).max(1));
+            larger.extend_from_slice(&self.older);
+            self.older = larger;
+        }
+        self.older_uses = self.older_uses.saturating_add(version.uses);
+        self.older.push(version);
     }
 }
 
@@ -152,6 +173,14 @@ struct LockedKey {
     tag: [u8; RECORD_TAG_LEN],
     bytes: Box<[u8]>,
     expires: Option<Duration>,
+}
+
+impl Drop for LockedKey {
+    // The key that it is sealed under can be had again with the passphrase, for as long as there is no other lock.
+    fn drop(&mut self) {
+        self.tag.zeroize();
+        self.bytes.zeroize();
+    }
 }
 
 /// What the passphrase of a lock is checked by: a random key that is sealed under it.
@@ -191,6 +220,12 @@ struct Slots(Vec<Vec<Option<KeyRecord>>>);
 
 impl Slots {
     const BLOCK: usize = 256;
+
+    /// Counts a use that is allowed, and gives the sealed bytes of the version.
+    fn count_use(&mut self, key: &Found, version: KeyVersion) -> Result<&SealedKey, KeyringError> {
+        let record = self.get_mut(key.slot as usize).and_then(Option::as_mut);
+        record.and_then(|record| record.count_use(version)).ok_or(KeyringError::NotFound)
+    }
 
     fn len(&self) -> usize {
         let full = self.0.len().saturating_sub(1).saturating_mul(Self::BLOCK);
@@ -362,7 +397,7 @@ impl Keyring {
         let rare = (constraints != PLAIN).then(|| {
             // A moment that no clock reaches is none.
             let expires = constraints.lifetime.and_then(|lifetime| boot.checked_add(lifetime));
-            Box::new(Rare { constraints, expires, older: Vec::new() })
+            Box::new(Rare { constraints, expires, ..Rare::default() })
         });
         let primary = VersionRecord { version, created: unix, uses: 0, sealed };
         let slot = open.insert(KeyRecord { name: name.as_str().into(), id, primary, rare })?;
@@ -404,8 +439,8 @@ impl Keyring {
         let version = next.ok_or(KeyringError::Full)?;
         let sealed = shield.seal_new(&record.id, version, nonces, random)?;
         let primary = VersionRecord { version, created: unix, uses: 0, sealed };
-        let old = std::mem::replace(&mut record.primary, primary);
-        record.rare.get_or_insert_default().older.push(old);
+        record.rare.get_or_insert_default().keep(record.primary.clone());
+        record.primary = primary;
         *older_versions = older_versions.saturating_add(1);
         open.summary(slot)
     }
@@ -511,8 +546,9 @@ impl Keyring {
     ) -> Result<T, KeyringError> {
         let (open, _) = self.open()?;
         open.may_use(key, version, 1)?;
-        let sealed = open.count_use(key, version)?;
-        let result = open.shield.with_key(&key.id, version, &sealed, work)?;
+        let OpenKeys { shield, records, .. } = open;
+        let sealed = records.count_use(key, version)?;
+        let result = shield.with_key(&key.id, version, sealed, work)?;
         self.uses = self.uses.saturating_add(1);
         Ok(result)
     }
@@ -528,30 +564,36 @@ impl Keyring {
         let (open, _) = self.open()?;
         open.may_use(key, version, if key.slot == to.slot { 2 } else { 1 })?;
         open.may_use(to, to_version, 1)?;
-        let sealed = open.count_use(key, version)?;
-        let to_sealed = open.count_use(to, to_version)?;
+        let sealed = open.records.count_use(key, version)?.clone();
+        let to_sealed = open.records.count_use(to, to_version)?.clone();
         let first = (&key.id, version, &sealed);
         let result = open.shield.with_keys(first, (&to.id, to_version, &to_sealed), work)?;
         self.uses = self.uses.saturating_add(2);
         Ok(result)
     }
 
+    /// Whether the bytes of a key may be had at all.
+    pub(crate) fn check_exportable(&mut self, _permit: &Permit, key: &Found) -> Result<(), KeyringError> {
+        let (open, _) = self.open()?;
+        let record = open.record(key.slot).ok_or(KeyringError::NotFound)?;
+        let exportable = record.rare.as_ref().is_some_and(|rare| rare.constraints.exportable);
+        if exportable { Ok(()) } else { Err(KeyringError::NotExportable) }
+    }
+
     /// Lends the bytes of a version of an exportable key to `work` and counts the use.
     pub(crate) fn export<T>(
         &mut self,
-        _permit: &Permit,
+        permit: &Permit,
         key: &Found,
         version: KeyVersion,
         work: impl FnOnce(&[u8; KEY_LEN]) -> T,
     ) -> Result<T, KeyringError> {
+        self.check_exportable(permit, key)?;
         let (open, _) = self.open()?;
-        let record = open.record(key.slot).ok_or(KeyringError::NotFound)?;
-        if !record.rare.as_ref().is_some_and(|rare| rare.constraints.exportable) {
-            return Err(KeyringError::NotExportable);
-        }
         open.may_use(key, version, 1)?;
-        let sealed = open.count_use(key, version)?;
-        let result = open.shield.with_key_bytes(&key.id, version, &sealed, work)?;
+        let OpenKeys { shield, records, .. } = open;
+        let sealed = records.count_use(key, version)?;
+        let result = shield.with_key_bytes(&key.id, version, sealed, work)?;
         self.uses = self.uses.saturating_add(1);
         Ok(result)
     }
@@ -566,30 +608,28 @@ impl Keyring {
         random: &mut impl Random,
     ) -> Result<(), KeyringError> {
         let (open, nonces) = self.open()?;
-        let lock_key = random_secret::<KEY_LEN>(random).map_err(CryptoError::from)?;
-        let record_key = RecordKey::new(lock_key.expose_secret());
-        let mut keys = Vec::with_capacity(open.len());
-        let OpenKeys { shield, records, deadlines, .. } = open;
-        for record in records.iter() {
-            keys.push(LockedKey::seal(&record_key, record, shield, nonces)?);
-        }
-        let next = deadlines.first().map(|(deadline, _)| *deadline);
-        let mut check =
-            LockCheck { salt, nonce: nonces.next()?, tag: Default::default(), lock_key: [0; KEY_LEN] };
-        check.lock_key = *lock_key.expose_secret();
-        let sealed = RecordKey::new(passphrase_key.expose_secret()).seal(
-            check.nonce,
-            LOCK_KEY_PLACE,
-            &mut check.lock_key,
-        );
-        zeroize_stack::<STACK_WIPE_LEN>();
-        match sealed {
-            Ok(tag) => check.tag = tag,
-            Err(_) => {
-                check.lock_key.zeroize();
-                return Err(CryptoError::Record.into());
+        let (check, keys) = apart(|| {
+            let lock_key = random_secret::<KEY_LEN>(random).map_err(CryptoError::from)?;
+            let record_key = RecordKey::new(lock_key.expose_secret());
+            let mut keys = Vec::with_capacity(open.len());
+            let OpenKeys { shield, records, .. } = &mut *open;
+            for record in records.iter() {
+                keys.push(LockedKey::seal(&record_key, record, shield, nonces)?);
             }
-        }
+            let mut check =
+                LockCheck { salt, nonce: nonces.next()?, tag: Default::default(), lock_key: [0; KEY_LEN] };
+            check.lock_key = *lock_key.expose_secret();
+            let passphrase_key = RecordKey::new(passphrase_key.expose_secret());
+            match passphrase_key.seal(check.nonce, LOCK_KEY_PLACE, &mut check.lock_key) {
+                Ok(tag) => check.tag = tag,
+                Err(_) => {
+                    check.lock_key.zeroize();
+                    return Err(CryptoError::Record);
+                }
+            }
+            Ok((check, keys))
+        })?;
+        let next = open.deadlines.first().map(|(deadline, _)| *deadline);
         self.check = Some(check);
         // The open state, and with it every record, index and the pre-key, is wiped as it is dropped here.
         self.state = State::Locked(LockedKeys { keys, next });
@@ -607,16 +647,7 @@ impl Keyring {
         _permit: &Permit,
         passphrase_key: &Secret<KEY_LEN>,
     ) -> Result<(), KeyringError> {
-        self.lock_key(passphrase_key).map(|_| ())
-    }
-
-    fn lock_key(&self, passphrase_key: &Secret<KEY_LEN>) -> Result<Zeroizing<[u8; KEY_LEN]>, KeyringError> {
-        let check = self.check.as_ref().ok_or(KeyringError::WrongPassphrase)?;
-        let mut lock_key = Zeroizing::new(check.lock_key);
-        RecordKey::new(passphrase_key.expose_secret())
-            .open(check.nonce, LOCK_KEY_PLACE, lock_key.as_mut_slice(), &check.tag)
-            .map_err(|_| KeyringError::WrongPassphrase)?;
-        Ok(lock_key)
+        apart(|| lock_key(self.check.as_ref(), passphrase_key).map(|_| ()))
     }
 
     /// Opens the lock: a new pre-key, and every key sealed under it. On an error the keyring stays locked.
@@ -627,17 +658,34 @@ impl Keyring {
         random: &mut impl Random,
     ) -> Result<(), KeyringError> {
         let State::Locked(locked) = &self.state else { return Ok(()) };
-        let record_key = RecordKey::new(&*self.lock_key(passphrase_key)?);
-        let mut open = Box::new(OpenKeys::new(Shield::new(self.memory, random)?));
-        for key in &locked.keys {
-            let plain = key.open(&record_key)?;
-            let record = KeyRecord::from_bytes(&plain, &mut open.shield, &mut self.nonces)?;
-            open.insert(record)?;
-        }
-        zeroize_stack::<STACK_WIPE_LEN>();
+        let (memory, nonces) = (self.memory, &mut self.nonces);
+        let check = self.check.as_ref();
+        let open = apart(|| {
+            let record_key = RecordKey::new(&*lock_key(check, passphrase_key)?);
+            let mut open = Box::new(OpenKeys::new(Shield::new(memory, random)?));
+            for key in &locked.keys {
+                let plain = key.open(&record_key)?;
+                let record = KeyRecord::from_bytes(&plain, &mut open.shield, nonces)?;
+                open.insert(record)?;
+            }
+            Ok::<_, KeyringError>(open)
+        })?;
         self.state = State::Open(open);
         Ok(())
     }
+}
+
+/// The key that the keys of a lock are sealed under, for whoever has the passphrase.
+fn lock_key(
+    check: Option<&LockCheck>,
+    passphrase_key: &Secret<KEY_LEN>,
+) -> Result<Zeroizing<[u8; KEY_LEN]>, KeyringError> {
+    let check = check.ok_or(KeyringError::WrongPassphrase)?;
+    let mut lock_key = Zeroizing::new(check.lock_key);
+    RecordKey::new(passphrase_key.expose_secret())
+        .open(check.nonce, LOCK_KEY_PLACE, lock_key.as_mut_slice(), &check.tag)
+        .map_err(|_| KeyringError::WrongPassphrase)?;
+    Ok(lock_key)
 }
 
 /// The place of the lock key, and of a key under it, in the additional data of their records.
@@ -655,17 +703,28 @@ impl KeyRecord {
         older.iter().chain(std::iter::once(&self.primary))
     }
 
-    fn version_mut(&mut self, version: KeyVersion) -> Option<&mut VersionRecord> {
-        if self.primary.version == version {
-            return Some(&mut self.primary);
-        }
-        let older = &mut self.rare.as_mut()?.older;
-        let place = older.binary_search_by_key(&version, |old| old.version).ok()?;
-        older.get_mut(place)
+    fn has(&self, version: KeyVersion) -> bool {
+        let older = || self.rare.as_ref()?.place(version);
+        self.primary.version == version || older().is_some()
+    }
+
+    /// Counts a use of a version, and gives its sealed bytes.
+    fn count_use(&mut self, version: KeyVersion) -> Option<&SealedKey> {
+        let used = if self.primary.version == version {
+            &mut self.primary
+        } else {
+            let rare = self.rare.as_mut()?;
+            let place = rare.place(version)?;
+            rare.older_uses = rare.older_uses.saturating_add(1);
+            rare.older.get_mut(place)?
+        };
+        used.uses = used.uses.saturating_add(1);
+        Some(&used.sealed)
     }
 
     fn uses(&self) -> u64 {
-        self.versions().fold(0, |uses, version| uses.saturating_add(version.uses))
+        let older = self.rare.as_ref().map_or(0, |rare| rare.older_uses);
+        self.primary.uses.saturating_add(older)
     }
 
     /// All of the key, for a lock. Fixed places, since they never leave this process.
@@ -736,7 +795,8 @@ impl KeyRecord {
         }
         let primary = older.pop().ok_or(CryptoError::Record)?;
         let plain = constraints == PLAIN && older.is_empty();
-        let rare = (!plain).then(|| Box::new(Rare { constraints, expires, older }));
+        let older_uses = older.iter().fold(0u64, |uses, version| uses.saturating_add(version.uses));
+        let rare = (!plain).then(|| Box::new(Rare { constraints, expires, older, older_uses }));
         Ok(Self { name: name.into(), id, primary, rare })
     }
 }
@@ -864,7 +924,7 @@ impl OpenKeys {
     fn may_use(&self, key: &Found, version: KeyVersion, times: u64) -> Result<(), KeyringError> {
         let record = self.record(key.slot).filter(|record| record.id == key.id);
         let record = record.ok_or(KeyringError::NotFound)?;
-        if record.versions().all(|have| have.version != version) {
+        if !record.has(version) {
             return Err(KeyringError::NotFound);
         }
         let Some(Rare { constraints, .. }) = record.rare.as_deref() else { return Ok(()) };
@@ -875,14 +935,6 @@ impl OpenKeys {
             Some(max) if max.get().saturating_sub(record.uses()) < times => Err(KeyringError::UsedUp),
             _ => Ok(()),
         }
-    }
-
-    /// Counts a use that is allowed, and gives the sealed bytes of the version.
-    fn count_use(&mut self, key: &Found, version: KeyVersion) -> Result<SealedKey, KeyringError> {
-        let record = self.records.get_mut(key.slot as usize).and_then(Option::as_mut);
-        let version = record.and_then(|record| record.version_mut(version)).ok_or(KeyringError::NotFound)?;
-        version.uses = version.uses.saturating_add(1);
-        Ok(version.sealed.clone())
     }
 
     fn summary(&mut self, slot: u32) -> Result<KeySummary, KeyringError> {

@@ -64,6 +64,12 @@ impl Replies {
         self.ceiling = None;
     }
 
+    /// The same, and wipes what was being written when a panic came.
+    pub(crate) fn clear_all(&mut self) {
+        self.buffer.wipe();
+        self.clear();
+    }
+
     /// Gives memory back that only long replies needed. A failure keeps the larger buffer, which is no harm.
     pub(crate) fn shrink(&mut self, memory: Policy) {
         if self.filled == 0

@@ -400,7 +400,7 @@ impl<R: Random, A: Audit> Server<R, A> {
             Err(_) => {
                 self.panics = self.panics.saturating_add(1);
                 self.input.wipe();
-                self.desk.replies.clear();
+                self.desk.replies.clear_all();
                 self.desk.core.end_batch();
                 self.end(key, connection);
             }

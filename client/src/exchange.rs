@@ -36,6 +36,8 @@ pub(crate) struct Exchange<T> {
     outbox: VecDeque<u32>,
     /// Bytes of the first frame in the outbox that are gone.
     written: usize,
+    /// When that frame has to be gone as a whole.
+    gone_by: Option<Instant>,
     /// Requests that are gone as a whole.
     under_way: usize,
     started: u64,
@@ -90,6 +92,7 @@ impl<T> Exchange<T> {
             waiting: HashMap::new(),
             outbox: VecDeque::new(),
             written: 0,
+            gone_by: None,
             under_way: 0,
             started: 0,
             bindings,
@@ -214,10 +217,15 @@ impl<T> Exchange<T> {
                 break;
             }
             self.written = self.written.saturating_sub(len);
+            self.gone_by = None;
             let limit = answer_limit(waiting.request.operation, self.timeout);
             waiting.state = State::Sent { until: now.checked_add(limit).unwrap_or(now) };
             self.under_way = self.under_way.saturating_add(1);
             self.outbox.pop_front();
+        }
+        // An agent that takes a byte at a time must not renew it.
+        if self.written > 0 && self.gone_by.is_none() {
+            self.gone_by = now.checked_add(self.timeout);
         }
     }
 
@@ -318,21 +326,26 @@ impl<T> Exchange<T> {
             State::Sent { until } | State::Delayed { until } => Some(until),
             State::Parked | State::Queued => None,
         });
-        times.min()
+        times.chain(self.gone_by).min()
     }
 
-    /// Does what has become due. True: an answer is overdue, its request is over, and the connection has to end.
+    /// Does what has become due. True: an answer is overdue, or the agent does not take a request; that one is over, and the connection
+    /// has to end.
     pub(crate) fn due(&mut self, now: Instant) -> bool {
         for id in self.in_order(|waiting| matches!(waiting.state, State::Delayed { until } if until <= now)) {
             self.line_up(id);
         }
         let late = self.in_order(|waiting| matches!(waiting.state, State::Sent { until } if until <= now));
+        let stuck = self.gone_by.is_some_and(|until| until <= now);
+        if let Some(id) = self.outbox.front().copied().filter(|_| stuck) {
+            self.fail(id, Error::Timeout { limit: self.timeout });
+        }
         for id in &late {
             let operation = self.waiting.get(id).map(|waiting| waiting.request.operation);
             let limit = operation.map_or(self.timeout, |operation| answer_limit(operation, self.timeout));
             self.fail(*id, Error::Timeout { limit });
         }
-        !late.is_empty()
+        stuck || !late.is_empty()
     }
 
     //= docs/protocol.md#tokens
@@ -343,6 +356,7 @@ impl<T> Exchange<T> {
         self.assembler = Assembler::new(self.frame_max);
         self.outbox.clear();
         self.written = 0;
+        self.gone_by = None;
         self.under_way = 0;
         self.bindings.values_mut().for_each(|binding| binding.here = false);
         let pause = self.pauses.next();

@@ -1,6 +1,9 @@
-//! The two things of this crate that need `unsafe`: a mark that a fork wipes, and for `kmsctl` a descriptor that its caller named by
-//! its number.
-#![expect(unsafe_code, reason = "shared memory with a meaning of its own, and a descriptor without an owner")]
+//! The things of this crate that need `unsafe`: a mark that a fork wipes, and for `kmsctl` a descriptor that its caller named by its
+//! number, and what its caller wants of a signal.
+#![expect(
+    unsafe_code,
+    reason = "shared memory with a meaning of its own, a descriptor without an owner, a call that has no safe form"
+)]
 
 use std::{
     num::NonZeroUsize,
@@ -76,4 +79,15 @@ pub(crate) fn duplicate(number: std::os::fd::RawFd) -> std::io::Result<std::fs::
     // with EBADF; nothing in this program closes descriptors that it was started with.
     let borrowed = unsafe { std::os::fd::BorrowedFd::borrow_raw(number) };
     borrowed.try_clone_to_owned().map(std::fs::File::from)
+}
+
+/// Whether whoever started this program wants it to take no notice of a signal, as `nohup` does.
+#[cfg(feature = "cli")]
+pub(crate) fn is_ignored(signal: nix::sys::signal::Signal) -> bool {
+    use nix::libc;
+    let mut action = std::mem::MaybeUninit::<libc::sigaction>::uninit();
+    // SAFETY: without a new action the call changes nothing; it writes to `action`, which is of the size that it expects.
+    let asked = unsafe { libc::sigaction(signal as libc::c_int, std::ptr::null(), action.as_mut_ptr()) };
+    // SAFETY: the call has filled `action`, having succeeded.
+    asked == 0 && unsafe { action.assume_init() }.sa_sigaction == libc::SIG_IGN
 }

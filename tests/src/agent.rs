@@ -52,6 +52,7 @@ pub struct AgentBuilder {
     memory_lock: Option<u64>,
     strace: Vec<OsString>,
     environment: Vec<(OsString, OsString)>,
+    arguments: Vec<OsString>,
 }
 
 impl AgentBuilder {
@@ -101,6 +102,13 @@ impl AgentBuilder {
     #[must_use]
     pub fn environment(mut self, name: &str, value: &str) -> Self {
         self.environment.push((name.into(), value.into()));
+        self
+    }
+
+    /// With these arguments besides those that every agent gets.
+    #[must_use]
+    pub fn arguments(mut self, arguments: &[&str]) -> Self {
+        self.arguments = arguments.iter().map(OsString::from).collect();
         self
     }
 
@@ -167,6 +175,7 @@ impl AgentBuilder {
         }
         words.extend(["-D".into(), "-a".into(), socket.clone().into()]);
         words.extend(["--config".into(), config.clone().into()]);
+        words.extend(self.arguments);
 
         let (first, rest) = words.split_first().unwrap();
         let mut child = Command::new(first)

@@ -7,7 +7,7 @@ use kms_protocol::{
 };
 use zeroize::Zeroize;
 
-use super::{Core, Now, Outcome, Ticket, TicketPurpose, push, refusal::Refused, secret_passphrase};
+use super::{Core, Now, Outcome, TicketPurpose, push, refusal::Refused, secret_passphrase};
 use crate::{
     audit::{Audit, Event},
     authorize::Permit,
@@ -138,27 +138,35 @@ impl<R: Random, A: Audit> Core<R, A> {
         &mut self,
         permit: Permit,
         uid: u32,
-        key: &Found,
+        key: Result<Selector<'_>, Refused>,
         version: u32,
         passphrase: &[u8],
         request_id: u32,
         now: Now,
         replies: &mut Replies,
     ) -> Result<Outcome, Refused> {
-        match self.keyring.lock_salt() {
+        let salt = self.keyring.lock_salt();
+        //= docs/protocol.md#3-statuses
+        //# `denied` and `locked`; everything else, the rules for names among it.
+        if salt.is_some() && passphrase.is_empty() {
+            return Err(Status::Denied.into());
+        }
+        let key = &self.keyring.find(&permit, key?)?;
+        // Before any passphrase is worked on: what is not exportable is so with the right one too.
+        self.keyring.check_exportable(&permit, key)?;
+        match salt {
             //= docs/protocol.md#414-export
-            //# Statuses: `ok`; `malformed` for a bad name, and for a payload where the agent was not locked since its start
+            //# for a payload where the agent was not locked since its start
             None if !passphrase.is_empty() => Err(Status::Malformed.into()),
             None => {
                 self.give_out(&permit, uid, key, version, request_id, replies)?;
                 Ok(Outcome::Continue)
             }
-            Some(_) if passphrase.is_empty() => Err(Status::Denied.into()),
             Some(salt) => {
                 let passphrase = secret_passphrase(passphrase)?;
                 self.back_off(uid, now)?;
                 let purpose = TicketPurpose::Export { key: key.id, version };
-                self.derive(passphrase, salt, Ticket { request_id, permit, uid, purpose })
+                self.derive(passphrase, salt, request_id, permit, uid, purpose)
             }
         }
     }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use kms_envelope::{ContextError, HeaderError, OpenError, SealError};
 use kms_protocol::Status;
+use kms_secret_memory::RegionError;
 
 use super::Outcome;
 use crate::{
@@ -50,8 +51,18 @@ impl From<KeyringError> for Refused {
 
 impl From<CryptoError> for Refused {
     fn from(error: CryptoError) -> Self {
+        if let CryptoError::Memory(error) = error {
+            return error.into();
+        }
         tracing::error!(%error, "a request failed inside the agent");
         Status::Internal.into()
+    }
+}
+
+impl From<RegionError> for Refused {
+    fn from(error: RegionError) -> Self {
+        tracing::warn!(%error, "no locked memory for a request");
+        Self::busy(AGAIN)
     }
 }
 
@@ -64,10 +75,7 @@ impl From<RandomUnavailable> for Refused {
 impl From<ReplyError> for Refused {
     fn from(error: ReplyError) -> Self {
         match error {
-            ReplyError::Memory(error) => {
-                tracing::warn!(%error, "no locked memory for a reply");
-                Self::busy(AGAIN)
-            }
+            ReplyError::Memory(error) => error.into(),
             ReplyError::Frame(_) => Status::TooLarge.into(),
         }
     }

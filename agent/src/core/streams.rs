@@ -11,6 +11,7 @@ use kms_protocol::{NoFields, REMOTE_STREAMS_MAX, RemoteChunks, Status};
 use super::{Session, refusal::Refused};
 use crate::{
     authorize::Permit,
+    crypto::apart,
     reply::{Replies, ReplyError},
 };
 
@@ -25,17 +26,19 @@ pub(super) enum OpenStream {
 }
 
 impl Streams {
+    /// Whether the connection may have one more. To be asked before the key is put to work.
+    pub(super) fn check_room(&self, session: &Session) -> Result<(), Refused> {
+        let held = self.0.keys().filter(|(number, _)| *number == session.number).count();
+        if held >= REMOTE_STREAMS_MAX { Err(Status::Limit.into()) } else { Ok(()) }
+    }
+
     pub(super) fn hold(
         &mut self,
         session: &mut Session,
         key: KeyId,
         stream: OpenStream,
     ) -> Result<u32, Refused> {
-        if self.0.keys().filter(|(session_number, _)| *session_number == session.number).count()
-            >= REMOTE_STREAMS_MAX
-        {
-            return Err(Status::Limit.into());
-        }
+        self.check_room(session)?;
         let number = session.next_stream;
         session.next_stream = number.checked_add(1).ok_or(Status::Limit)?;
         self.0.insert((session.number, number), (key, stream));
@@ -102,7 +105,7 @@ impl Streams {
             for (to, from) in out.chunks_mut(SEALED_CHUNK_LEN).zip(plaintext.chunks(CHUNK_LEN)) {
                 to.get_mut(..from.len()).ok_or(Status::Internal)?.copy_from_slice(from);
             }
-            body.seal_chunks(next, out).map_err(Refused::from)
+            apart(|| body.seal_chunks(next, out)).map_err(Refused::from)
         })??;
         if !ends {
             let next = next.saturating_add(chunks as u64);
@@ -140,17 +143,19 @@ impl Streams {
             let mut chunk = zeroize::Zeroizing::new([0; SEALED_CHUNK_LEN]);
             // By the sealed chunks: an empty last one has no plaintext, and its tag is checked all the same.
             let mut rest = out;
-            for from in chunks.chunks(SEALED_CHUNK_LEN) {
-                let chunk = chunk.get_mut(..from.len()).ok_or(Status::Internal)?;
-                chunk.copy_from_slice(from);
-                body.open_chunks(first, chunk)?;
-                let opened = chunk.get(..from.len().saturating_sub(TAG_LEN)).ok_or(Status::Internal)?;
-                let (to, behind) = rest.split_at_mut_checked(opened.len()).ok_or(Status::Internal)?;
-                to.copy_from_slice(opened);
-                rest = behind;
-                first = first.saturating_add(1);
-            }
-            Ok::<(), Refused>(())
+            apart(|| {
+                for from in chunks.chunks(SEALED_CHUNK_LEN) {
+                    let chunk = chunk.get_mut(..from.len()).ok_or(Status::Internal)?;
+                    chunk.copy_from_slice(from);
+                    body.open_chunks(first, chunk)?;
+                    let opened = chunk.get(..from.len().saturating_sub(TAG_LEN)).ok_or(Status::Internal)?;
+                    let (to, behind) = rest.split_at_mut_checked(opened.len()).ok_or(Status::Internal)?;
+                    to.copy_from_slice(opened);
+                    rest = behind;
+                    first = first.saturating_add(1);
+                }
+                Ok::<(), Refused>(())
+            })
         })??;
         self.0.insert(place, (key, OpenStream::Decrypt { body }));
         Ok(())

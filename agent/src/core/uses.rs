@@ -177,7 +177,7 @@ impl<R: Random, A: Audit> Core<R, A> {
         &mut self,
         Use { permit, context, request_id, replies }: Use<'_>,
         key: Meant<'_>,
-        to: Option<Selector<'_>>,
+        to: Option<Meant<'_>>,
         ciphertext: &[u8],
     ) -> Result<(), Refused> {
         let context = ContextRef::parse(context)?;
@@ -196,7 +196,7 @@ impl<R: Random, A: Audit> Core<R, A> {
         };
         let key = self.find(permit, key, &header)?;
         let to = match to {
-            Some(to) => self.keyring.find(permit, to)?,
+            Some(to) => self.keyring.find(permit, to?)?,
             None => key,
         };
         let new_header = Header { key_id: to.id, key_version: to.primary, ..header };

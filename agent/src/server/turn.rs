@@ -99,7 +99,7 @@ impl<R: Random, A: Audit> Server<R, A> {
 
     /// Takes up what is held, or reads behind it and takes it up then.
     fn advance_held(&mut self, key: Key, connection: &mut Connection) -> Result<(), Closed> {
-        let frame_max = self.desk.core.limits().frame;
+        let frame_max = connection.session.frame_max();
         let Some(mut held) = connection.input.take() else { return Ok(()) };
         if let Ok(None) = Frame::parse(held.bytes(), frame_max) {
             let room = held.room(frame_len(held.bytes(), frame_max).max(READ_LEN)).map_err(|_| Closed)?;
@@ -128,7 +128,7 @@ impl<R: Random, A: Audit> Server<R, A> {
     /// Reads, and holds what is left over. Nobody else of the uid holds anything, so there is memory for that, and for the
     /// rest of the frame: this is how nobody comes to wait for memory while he holds some that another waits for.
     fn advance_at_once(&mut self, key: Key, connection: &mut Connection) -> Result<(), Closed> {
-        let Some(len) = self.read_shared(|room| connection.receive(room), false)? else { return Ok(()) };
+        let Some(len) = self.read_shared(connection, Connection::receive, false)? else { return Ok(()) };
         let (now, around) = (self.warm_up(), self.surroundings());
         let bytes = self.input.expose_secret().get(..len).unwrap_or_default();
         let others_wait = || self.ahead.has_others(&self.epoll, key);
@@ -137,7 +137,7 @@ impl<R: Random, A: Audit> Server<R, A> {
         let held = if rest.is_empty() || matches!(stop, Stop::Last) {
             Ok(None)
         } else {
-            let wanted = frame_len(rest, self.desk.core.limits().frame).max(rest.len()).max(READ_LEN);
+            let wanted = frame_len(rest, connection.session.frame_max()).max(rest.len()).max(READ_LEN);
             let grant = self.pool.grant(connection.peer.uid, wanted).ok_or(Closed);
             grant.and_then(|grant| Held::new(&[rest], grant).map(Some).map_err(|_| Closed))
         };
@@ -154,8 +154,8 @@ impl<R: Random, A: Audit> Server<R, A> {
         connection: &mut Connection,
         is_all: impl FnOnce(usize) -> bool,
     ) -> Result<(), Closed> {
-        let Some(len) = self.read_shared(|room| connection.look(room), true)? else { return Ok(()) };
-        let frame_max = self.desk.core.limits().frame;
+        let Some(len) = self.read_shared(connection, Connection::look, true)? else { return Ok(()) };
+        let frame_max = connection.session.frame_max();
         let (now, around) = (self.warm_up(), self.surroundings());
         let bytes = self.input.expose_secret().get(..len).unwrap_or_default();
         if let Ok(None) = Frame::parse(bytes, frame_max) {
@@ -195,18 +195,26 @@ impl<R: Random, A: Audit> Server<R, A> {
     /// Reads to the shared buffer: a little, and more when that begins a frame that fits there.
     fn read_shared(
         &mut self,
-        read: impl Fn(&mut [u8]) -> Result<Option<usize>, Closed>,
+        connection: &Connection,
+        read: impl Fn(&Connection, &mut [u8]) -> Result<Option<usize>, Closed>,
         looks: bool,
     ) -> Result<Option<usize>, Closed> {
-        let frame_max = self.desk.core.limits().frame;
+        let frame_max = connection.session.frame_max();
         let buffer = self.input.expose_secret_mut();
-        let Some(len) = read(buffer.get_mut(..READ_LEN).unwrap_or_default())? else { return Ok(None) };
+        let len = match read(connection, buffer.get_mut(..READ_LEN).unwrap_or_default()) {
+            Ok(Some(len)) => len,
+            Ok(None) => return Ok(None),
+            Err(closed) => {
+                self.input.wipe_range(0..READ_LEN);
+                return Err(closed);
+            }
+        };
         let frame_len = frame_len(buffer.get(..len).unwrap_or_default(), frame_max);
         if len < READ_LEN || frame_len <= READ_LEN || frame_len > SHARED_LEN {
             return Ok(Some(len));
         }
         let from = if looks { 0 } else { len };
-        match read(buffer.get_mut(from..frame_len).unwrap_or_default()) {
+        match read(connection, buffer.get_mut(from..frame_len).unwrap_or_default()) {
             Ok(more) => Ok(Some(more.map_or(len, |more| from.saturating_add(more)))),
             Err(closed) => {
                 self.input.wipe_range(0..frame_len);
@@ -236,21 +244,27 @@ impl<R: Random, A: Audit> Server<R, A> {
         taken: usize,
         stop: Stop,
     ) -> Result<(), Closed> {
-        self.send(key, connection, grant)?;
+        let sent = self.send(key, connection, grant);
         connection.load = if matches!(stop, Stop::Turn) { Load::Heavy } else { Load::Light };
         match stop {
-            Stop::Partial | Stop::Turn => self.settle(key, connection, taken > 0),
+            Stop::Partial | Stop::Turn => {
+                sent?;
+                self.settle(key, connection, taken > 0)
+            }
+            Stop::Work(derivation, ticket) => {
+                // What was taken up is carried out, also for a peer that is gone.
+                self.derive(key, derivation, ticket);
+                sent?;
+                self.set_deadline(key, connection, None);
+                self.wait_for(key, connection, Wait::Work);
+                Ok(())
+            }
             Stop::Last if connection.output.is_none() => Err(Closed),
             Stop::Last => {
+                sent?;
                 connection.input = None;
                 self.set_deadline(key, connection, Some(since_boot().saturating_add(DEADLINE)));
                 self.wait_for(key, connection, Wait::Reader(true));
-                Ok(())
-            }
-            Stop::Work(derivation, ticket) => {
-                self.set_deadline(key, connection, None);
-                self.wait_for(key, connection, Wait::Work);
-                self.derive(key, derivation, ticket);
                 Ok(())
             }
         }
@@ -322,7 +336,7 @@ impl<R: Random, A: Audit> Server<R, A> {
             return Ok(());
         }
         self.set_overdue(key, connection, None);
-        let frame_max = self.desk.core.limits().frame;
+        let frame_max = connection.session.frame_max();
         let mut partial = false;
         if let Some(held) = &mut connection.input {
             partial = matches!(Frame::parse(held.bytes(), frame_max), Ok(None));
@@ -463,7 +477,7 @@ impl<R: Random, A: Audit> Desk<R, A> {
         around: Surroundings,
         mut others_wait: impl FnMut() -> bool,
     ) -> (usize, Stop) {
-        let frame_max = self.core.limits().frame;
+        let frame_max = session.frame_max();
         let mut taken = 0;
         let mut requests = 0;
         let mut looked = now.boot;

@@ -91,6 +91,13 @@ pub(super) enum Command {
     /// Make a data key, plain and wrapped
     Datakey(DataKey),
     /// Move ciphertexts to the primary version of their key, or to another key
+    ///
+    /// A stream of any size costs 132 bytes: its head is replaced in place, its body is not even read. Smaller ciphertexts are
+    /// replaced as whole files. What is under the primary version already is not touched. A run that was interrupted, even by a power
+    /// failure, is finished by the next one, and two runs at a time do not harm each other.
+    ///
+    /// Who once had the old key version and the old head of a stream can still open it: its data key stays the same.
+    /// After a theft use --reencrypt, which decrypts and encrypts anew.
     Rewrap(Rewrap),
     /// Say which key and version a ciphertext names, and whether it opens
     Verify(Verify),
@@ -340,14 +347,6 @@ pub(super) struct DataKey {
     pub(super) hex: bool,
 }
 
-/// Move ciphertexts to the primary version of their key, or to another key
-///
-/// A stream of any size costs 132 bytes: its head is replaced in place, its body is not even read. Smaller ciphertexts are
-/// replaced as whole files. What is under the primary version already is not touched. A run that was interrupted, even by a power
-/// failure, is finished by the next one, and two runs at a time do not harm each other.
-///
-/// Who once had the old key version and the old head of a stream can still open it: its data key stays the same.
-/// After a theft use --reencrypt, which decrypts and encrypts anew.
 #[derive(Args)]
 pub(super) struct Rewrap {
     #[command(flatten)]

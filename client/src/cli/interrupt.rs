@@ -13,6 +13,8 @@ use nix::sys::{
     termios::{LocalFlags, SetArg, Termios, tcgetattr, tcsetattr},
 };
 
+use crate::sys;
+
 static LEFTOVERS: Mutex<Leftovers> = Mutex::new(Leftovers { files: Vec::new(), terminal: None });
 
 /// Held by every thread that is within a change which a signal must not cut in two.
@@ -26,8 +28,14 @@ struct Leftovers {
 /// Starts the thread that cleans up. Without it signals end the program at once, and nothing is worse than that.
 pub(super) fn watch() {
     let mut deadly = SigSet::empty();
-    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
-        deadly.add(signal);
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT] {
+        // Blocked, it would come all the same, and clean up in a program that goes on.
+        if !sys::is_ignored(signal) {
+            deadly.add(signal);
+        }
+    }
+    if deadly.iter().next().is_none() {
+        return;
     }
     let mut stop = SigSet::empty();
     stop.add(Signal::SIGTSTP);

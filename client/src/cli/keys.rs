@@ -9,7 +9,7 @@ use super::{
     key_name, secrets,
     ui::{Failure, Ui},
 };
-use crate::{Client, Error, KeyRef, NewKey, Opcode, Status, constraint};
+use crate::{Client, Error, Fact, KeyRef, NewKey, Opcode, Status, constraint};
 
 impl AddKey {
     pub(super) fn run(&self, global: &Global, ui: &Ui) -> Result<(), Failure> {
@@ -114,18 +114,21 @@ impl Export {
         if !description.constraints.iter().any(|constraint| constraint.kind == constraint::EXPORTABLE) {
             return Err(Failure::NotExportable { name: name.to_owned() });
         }
-        self.confirm(name)?;
-        let named = match self.passphrase.is_named() {
+        self.check_confirmed(name)?;
+        // Whoever knows the passphrase of the last lock has said yes with it.
+        let status = client.status()?;
+        let is_set = |fact: &Fact| fact.name == "lock-passphrase" && fact.value == "set";
+        let is_needed = status.facts.iter().any(is_set);
+        if !is_needed {
+            self.confirm(name)?;
+        } else if !self.passphrase.is_named() {
+            ui.who_asks(client.socket(), client.server_uid());
+        }
+        let passphrase = match is_needed || self.passphrase.is_named() {
             true => Some(self.passphrase.read(false)?),
             false => None,
         };
-        let (_, secret) = match client.export(key, version, named.as_ref()) {
-            // There was a lock, so its passphrase is needed.
-            Err(Error::Refused { status: Status::Denied, .. }) if named.is_none() => {
-                ui.who_asks(client.socket(), client.server_uid());
-                let passphrase = self.passphrase.read(false)?;
-                client.export(key, version, Some(&passphrase)).map_err(failed)?
-            }
+        let (_, secret) = match client.export(key, version, passphrase.as_ref()) {
             Err(error) if error.status() == Some(Status::NotFound) && version.is_some() => {
                 return Err(Failure::NoSuchVersion {
                     name: name.to_owned(),
@@ -137,20 +140,24 @@ impl Export {
         destination.fill(|output| output.put(secret.expose_secret()))
     }
 
+    /// That the right name was typed, if any was.
+    fn check_confirmed(&self, name: &str) -> Result<(), Failure> {
+        match &self.confirm {
+            Some(confirmed) if confirmed != name => Err(Failure::OtherKeyConfirmed { name: name.to_owned() }),
+            _ => Ok(()),
+        }
+    }
+
     /// A person's yes: from then on nobody can tell where the key is.
     fn confirm(&self, name: &str) -> Result<(), Failure> {
-        match &self.confirm {
-            Some(confirmed) if confirmed == name => Ok(()),
-            Some(_) => Err(Failure::OtherKeyConfirmed { name: name.to_owned() }),
-            None => {
-                let prompt = format!(
-                    "The key {name} leaves the agent, and nobody can take it back. Type yes to go on: "
-                );
-                match secrets::confirm(&prompt)? {
-                    true => Ok(()),
-                    false => Err(Failure::NotConfirmed { name: name.to_owned() }),
-                }
-            }
+        if self.confirm.is_some() {
+            return Ok(());
+        }
+        let prompt =
+            format!("The key {name} leaves the agent, and nobody can take it back. Type yes to go on: ");
+        match secrets::confirm(&prompt)? {
+            true => Ok(()),
+            false => Err(Failure::NotConfirmed { name: name.to_owned() }),
         }
     }
 }

@@ -150,8 +150,8 @@ fn wait(unlocked: bool, global: &Global, ui: &Ui) -> Result<Client, Failure> {
                         return Err(Error::Refused { operation, status, retry_after }.into());
                     }
                     Ok(true) => nap(),
-                    // It has ended; another one may come.
-                    Err(Error::Closed) => break,
+                    // It has ended; another one may come, however long that takes.
+                    Err(Error::Closed | Error::NoAgent | Error::Connect { .. }) => break,
                     Err(error) => return Err(error.into()),
                 }
             },

@@ -381,6 +381,30 @@ fn no_more_is_under_way_than_the_agent_takes() {
 }
 
 #[test]
+fn a_request_that_the_agent_does_not_take_is_given_up() {
+    let fake = Fake::honest();
+    let client = Client::connect(&options(&fake)).unwrap();
+    let limit = Duration::from_secs(10);
+    let mut exchange = Exchange::new(&welcome(&client, 4), limit, Duration::from_secs(5), HashMap::new());
+    for number in 0..2 {
+        exchange.start(Outgoing::new(&Request::Ping).unwrap(), number);
+    }
+    // Of half a frame another byte goes out now and then.
+    let now = Instant::now();
+    exchange.sent(7, now);
+    exchange.sent(1, now + limit / 2);
+    assert_eq!(exchange.wake(), Some(now + limit));
+    assert!(!exchange.due(now + limit / 2));
+    assert!(exchange.due(now + limit));
+    let over = exchange.take().unwrap();
+    assert!(over.keep == 0 && matches!(over.answer, Err(Error::Timeout { .. })));
+    // The other one goes out on the next connection.
+    assert_eq!(exchange.broke(now + limit, &Error::Closed, |_| true), Duration::ZERO);
+    exchange.reconnected(client.welcome());
+    assert_eq!((exchange.output().len(), exchange.wake()), (1, None));
+}
+
+#[test]
 fn what_uses_a_number_waits_until_it_is_bound_again() {
     let fake = Fake::honest();
     let client = Client::connect(&options(&fake)).unwrap();

@@ -28,9 +28,7 @@ pub use chunk::{CHUNK_LEN, SEALED_CHUNK_LEN, TAG_LEN, body_len, body_plaintext_l
 pub use context::{CONTEXT_LEN_MAX, CONTEXT_PAIRS_MAX, ContextError, ContextRef, EncryptionContext, Pairs};
 pub use expand::{CHECK_VALUE_LEN, ExpandKey, KEY_LEN};
 pub use header::{HEADER_LEN, Header, HeaderError, KeyId, KeyIdError, KeyVersion, Purpose};
-pub use message::{
-    MESSAGE_MAX, message_len, message_plaintext_len, open_message, rewrap_message, seal_message,
-};
+pub use message::{MESSAGE_MAX, message_len, message_plaintext_len, open_message, seal_message};
 pub use record::{RECORD_TAG_LEN, RecordKey};
 pub use stream::{
     Body, MessageKey, NONCE_LEN, REWRAP_LEN, STREAM_HEAD_LEN, WRAPPED_DEK_LEN, new_stream, open_stream,

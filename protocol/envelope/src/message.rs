@@ -91,59 +91,6 @@ pub fn open_message(
     opened
 }
 
-/// Moves a message or wrapped key to `new_header`'s key version: what is in it is opened and sealed anew, into an `out` of exactly the same
-/// length. `salt` is 24 fresh random bytes.
-///
-/// While this works, `out` holds the plaintext: it is memory that may hold one, and nobody else reads it before this has returned.
-///
-/// # Errors
-///
-/// As [`open_message`], the purpose being that of `new_header`, and [`OpenError::Length`] for an `out` of another length. All of `out` is
-/// then zero.
-pub fn rewrap_message(
-    old_kek: &ExpandKey,
-    message: &[u8],
-    new_kek: &ExpandKey,
-    new_header: &Header,
-    context: ContextRef<'_>,
-    salt: &[u8; SALT_LEN],
-    out: &mut [u8],
-) -> Result<(), OpenError> {
-    let rewrapped = rewrap(old_kek, message, new_kek, new_header, context, salt, out);
-    if rewrapped.is_err() {
-        out.zeroize();
-    }
-    rewrapped
-}
-
-fn rewrap(
-    old_kek: &ExpandKey,
-    message: &[u8],
-    new_kek: &ExpandKey,
-    new_header: &Header,
-    context: ContextRef<'_>,
-    salt: &[u8; SALT_LEN],
-    out: &mut [u8],
-) -> Result<(), OpenError> {
-    let parts = Parts::split(message, new_header.purpose)?;
-    if out.len() != message.len() {
-        return Err(OpenError::Length);
-    }
-    let (out_header, rest) = out.split_first_chunk_mut::<HEADER_LEN>().ok_or(OpenError::Length)?;
-    let (out_salt, rest) = rest.split_first_chunk_mut::<SALT_LEN>().ok_or(OpenError::Length)?;
-    let (out_commitment, chunks) = rest.split_first_chunk_mut::<COMMITMENT_LEN>().ok_or(OpenError::Length)?;
-    // In place, since neither cut nor length changes: the plaintext is nowhere but where its new ciphertext will stand.
-    let old = parts.derive(old_kek, context)?;
-    chunks.copy_from_slice(parts.chunks);
-    old.chunks().open(0, chunks)?;
-    let header = new_header.to_bytes();
-    let new = derive(new_kek, &header, context, salt);
-    *out_header = header;
-    *out_salt = *salt;
-    *out_commitment = new.commitment;
-    new.chunks().seal(0, chunks).map_err(|_| OpenError::Length)
-}
-
 fn open(
     kek: &ExpandKey,
     message: &[u8],

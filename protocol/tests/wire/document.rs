@@ -168,17 +168,19 @@ fn the_numbers_in_the_sentences_are_those_of_the_code() {
 
 /// The agent stands in another crate, so its source is read.
 #[test]
-fn the_facts_are_those_of_the_agent() {
+fn the_facts_and_the_values_are_those_of_the_agent() {
     let document = Document::read();
-    let told: BTreeSet<_> =
-        document.section("5.3").rows("name").unwrap().iter().map(|row| row[0].clone()).collect();
-    let mut given = BTreeSet::new();
-    for (_, source) in sources("agent/src") {
-        for rest in source.split("fact(\"").skip(1) {
-            given.insert(rest.split('"').next().unwrap().to_owned());
+    for (section, folder, call) in [("5.3", "agent/src", "fact(\""), ("5.4", "agent/src/core", " value(\"")] {
+        let rows = document.section(section).rows("name").unwrap();
+        let told: BTreeSet<_> = rows.iter().map(|row| row[0].clone()).collect();
+        let mut given = BTreeSet::new();
+        for (_, source) in sources(folder) {
+            for rest in source.split(call).skip(1) {
+                given.insert(rest.split('"').next().unwrap().to_owned());
+            }
         }
+        assert_eq!(told, given, "section {section}");
     }
-    assert_eq!(told, given);
 }
 
 #[test]

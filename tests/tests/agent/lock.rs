@@ -8,14 +8,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kms_protocol::{KeyRef, Opcode, Status};
+use kms_protocol::{KeyRef, Opcode, Status, constraint};
 use kms_tests::{
     Agent, Wire,
     canary::Canaries,
     process::{ranges, status_number, wait_until},
     programs::{needs_root, tool},
     shield::{Image, LockedRecords, PRE_KEY_LEN, Records, Recovered, hmac_states},
-    wire::{NO_CONTEXT, random},
+    wire::{NO_CONTEXT, Operations, random, use_frame},
 };
 
 /// More than are kept at hand.
@@ -351,4 +351,145 @@ fn plaintexts_and_passphrases_do_not_stay() {
         !found.is_empty()
     });
     assert!(fs::metadata(&agent.socket).is_ok());
+}
+
+/// An image gives what is in reach, and nothing of what was removed or has expired: no sealed record stays behind.
+#[test]
+fn an_image_gives_no_key_that_was_removed_and_none_that_has_expired() {
+    let mut loaded = Loaded::start("mlock");
+    // Locked and unlocked once, so that there were records under two shields and one lock.
+    let passphrase = loaded.passphrase.clone();
+    loaded.wire.lock(&passphrase).unwrap();
+    let locked = LockedRecords::find(&loaded.image(), KEYS);
+    assert!(locked.found());
+    loaded.wire.unlock(&passphrase).unwrap();
+    loaded.use_keys();
+    let expiring = random::<32>();
+    let added = loaded.wire.add("proof/expiring", Some(&expiring), &[(constraint::LIFETIME, 1)]).unwrap();
+    let image = loaded.image();
+    let all = [&loaded.ids[..], &[added.id]].concat();
+    let recovered = Records::find(&image, &all).recover(&image);
+    assert_recovered(&recovered, &loaded);
+    assert_eq!(recovered.keys.get(&added.id), Some(&expiring), "the control: it is found before its end");
+    // The lock key was worked on once more, and is nowhere.
+    assert_eq!(locked.keys_in(&image), Vec::<&str>::new());
+
+    let (gone, kept) = loaded.ids.split_at(KEYS / 2);
+    for (name, _) in &loaded.messages[..KEYS / 2] {
+        loaded.wire.remove(name).unwrap();
+    }
+    wait_until("the key has expired", || loaded.agent.log().contains("a key has expired"));
+    // Other requests since then, as in any agent that goes on.
+    for (name, message) in &loaded.messages[KEYS / 2..] {
+        assert_eq!(loaded.wire.decrypt(name, NO_CONTEXT, message).unwrap(), b"proof");
+    }
+    let image = loaded.image();
+    // The ids of before are what the attacker knows; the records may lie wherever they lay.
+    let recovered = Records::find(&image, &all).recover(&image);
+    assert!(kept.iter().all(|id| recovered.keys.get(id) == loaded.keys.get(id)), "the control");
+    let found = gone.iter().chain([&added.id]).filter(|id| recovered.keys.contains_key(*id)).count();
+    assert_eq!(found, 0, "keys that are gone are recovered");
+}
+
+/// A36: after ten thousand operations of every kind no key is in ordinary memory in any form, nor anything that was given out.
+#[test]
+fn ten_thousand_operations_leave_no_key_and_no_secret_in_ordinary_memory() {
+    needs_root();
+    let agent = Agent::builder().config("secret_memory = \"mlock\"\n").start();
+    let mut wire = agent.connect();
+    let (mut keys, mut secrets) = (Canaries::new(), Canaries::new());
+    let names: Vec<String> = (0..12).map(|n| format!("mixed/{n}")).collect();
+    let mut expanded = Canaries::new();
+    for (n, name) in names.iter().enumerate() {
+        let key = random::<32>();
+        let exportable = [(constraint::EXPORTABLE, 0)];
+        wire.add(name, Some(&key), if n % 2 == 0 { &exportable } else { &[] }).unwrap();
+        keys.add("a key", &key);
+        for state in hmac_states(&key) {
+            expanded.add_raw("an expanded key", &state);
+        }
+    }
+    let first: Vec<_> = names.iter().map(|name| wire.encrypt(name, NO_CONTEXT, b"x").unwrap()).collect();
+    let mut operations = 0;
+    for round in 0..60 {
+        for (n, name) in names.iter().enumerate() {
+            let key = KeyRef::Name(name);
+            let mut work = |opcode, payload: &[u8]| {
+                operations += 1;
+                wire.put_to_work(opcode, key, NO_CONTEXT, payload).unwrap()
+            };
+            let plaintext = random::<32>();
+            let message = work(Opcode::Encrypt, &plaintext);
+            work(Opcode::Decrypt, &message);
+            let wrapped = work(Opcode::Wrap, &plaintext);
+            work(Opcode::Unwrap, &wrapped);
+            let stream = work(Opcode::StreamNew, &[]);
+            work(Opcode::StreamOpen, &stream[..188]);
+            work(Opcode::Verify, &stream[..188]);
+            work(Opcode::Rewrap, &stream[..132]);
+            work(Opcode::Rewrap, &message);
+            work(Opcode::Verify, &wrapped);
+            let tag = work(Opcode::Mac, &[7; 64]);
+            work(Opcode::MacVerify, &[&tag[..], &[7; 64]].concat());
+            let data_key = work(Opcode::DataKey, &[]);
+            work(Opcode::Unwrap, &data_key[32..]);
+            let items: Vec<_> = names
+                .iter()
+                .map(|name| use_frame(Opcode::DataKey, 1, KeyRef::Name(name), NO_CONTEXT, &[]))
+                .collect();
+            if round % 10 == 0 {
+                secrets.add("a plaintext", &plaintext);
+                secrets.add("a message key", &stream[188..220]);
+                secrets.add("a data key", &data_key[..32]);
+                for reply in wire.batch(&items).unwrap() {
+                    secrets.add("a data key of a batch", &reply.payload[..32]);
+                }
+                operations += items.len();
+            }
+            if n % 2 == 0 {
+                wire.export(name, 1, &[]).unwrap();
+                operations += 1;
+            }
+            if round % 20 == 19 {
+                wire.rotate(name).unwrap();
+                operations += 1;
+            }
+        }
+    }
+    assert!(operations >= 10_000, "{operations}");
+    for (name, message) in names.iter().zip(&first) {
+        wire.decrypt(name, NO_CONTEXT, message).unwrap();
+    }
+    let hot = Image::take(agent.pid);
+    assert!(count(&expanded, &hot) > 0, "the control: keys are at hand");
+    for part in hot.parts.iter().filter(|part| !part.range.has("lo")) {
+        expanded.assert_absent(&format!("ordinary memory while busy: {:?}", part.range), &part.bytes);
+    }
+    assert_absent("keys while busy", &keys, &hot);
+    assert_absent("secrets while busy", &secrets, &hot);
+    // The same where a passphrase was worked on, three times: a lock, an unlock and an export.
+    let passphrase = random::<40>();
+    let mut told = Canaries::new();
+    told.add("the passphrase", &passphrase);
+    wire.lock(&passphrase).unwrap();
+    let locked = LockedRecords::find(&Image::take(agent.pid), names.len());
+    assert!(locked.found());
+    wire.unlock(&passphrase).unwrap();
+    let (_, exported) = wire.export(&names[0], 1, &passphrase).unwrap();
+    assert!(!keys.find(&exported).is_empty(), "the control: what was exported would be found");
+    wire.ping().unwrap();
+    let image = Image::take(agent.pid);
+    assert_absent("keys after an export", &keys, &image);
+    assert_absent("the passphrase after an export", &told, &image);
+    assert_eq!(
+        locked.keys_in(&image),
+        Vec::<&str>::new(),
+        "neither the lock key nor the key of the passphrase"
+    );
+    // And a second lock is not undone by what the first one left.
+    wire.lock(&passphrase).unwrap();
+    let image = Image::take(agent.pid);
+    assert_eq!(locked.keys_in(&image), Vec::<&str>::new());
+    assert_absent("keys after the second lock", &keys, &image);
+    assert_absent("expanded keys after the second lock", &expanded, &image);
 }

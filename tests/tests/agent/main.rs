@@ -4,10 +4,14 @@
 //! otherwise, ends with that agent stopped, its folder empty and no panic counted.
 
 mod batch;
+mod constraints;
+mod desk;
 mod frames;
 mod hostile;
+mod keys;
 mod lock;
 mod made;
+mod many;
 mod memory;
 mod operations;
 mod pairs;

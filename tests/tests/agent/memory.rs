@@ -11,7 +11,7 @@ use kms_tests::{
     agent::fresh_folder,
     canary::Canaries,
     process::{Strace, ends_within, output, ranges, send_signal, status_number, wait_until},
-    programs::{needs_root, program},
+    programs::{needs_root, program, tool},
     wire::{NO_CONTEXT, add_frame, frame, pipeline, random},
 };
 use nix::sys::signal::Signal;
@@ -158,6 +158,32 @@ fn a_lock_that_fails_at_any_call_stops_the_start() {
         assert_eq!(ended.status.code(), Some(1), "{}", ended.log);
         assert!(ended.log.contains("mlock failed"), "{}", ended.log);
     }
+}
+
+/// A key at hand lies in a locked page; who finds none is asked to come again.
+#[test]
+fn a_use_that_finds_no_locked_memory_is_busy() {
+    needs_root();
+    let agent = Agent::builder().uid(ALICE).memory_lock(8 << 20).start();
+    // The soft one alone: it can be raised again.
+    let limit = |bytes: u64| {
+        let limit = format!("--memlock={bytes}:");
+        let status = tool("prlimit").args(["--pid", &agent.pid.to_string(), &limit]).status().unwrap();
+        assert!(status.success());
+    };
+    agent.as_owner(|| {
+        let mut wire = agent.connect();
+        let cool = status_number(agent.pid, "VmLck");
+        wire.generate("a").unwrap();
+        wait_until("nothing is at hand", || status_number(agent.pid, "VmLck") == cool);
+        limit(1);
+        let fields = KeyAndContext { key: KeyRef::Name("a"), context: NO_CONTEXT };
+        let busy = wire.request(Opcode::Encrypt, &fields, b"x");
+        assert_eq!(busy.status, Status::Busy);
+        assert!(busy.retry_after_ms() > 0);
+        limit(8 << 20);
+        wire.encrypt("a", NO_CONTEXT, b"x").unwrap();
+    });
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! Every operation over the wire, its limits, and what the output of one is worth to another.
 
+use std::{net::Shutdown, os::unix::net::UnixStream};
+
 use kms_envelope::{
     Body, CHUNK_LEN, EncryptionContext, ExpandKey, Header, KeyId, KeyVersion, MESSAGE_MAX, MessageKey,
     Purpose, SEALED_CHUNK_LEN, STREAM_HEAD_LEN, TAG_LEN, message_len, open_message, open_stream,
@@ -11,7 +13,7 @@ use kms_protocol::{
 use kms_tests::{
     Agent, Wire,
     canary::Canaries,
-    wire::{NO_CONTEXT, add_frame, frame, pipeline, random},
+    wire::{NO_CONTEXT, Operations, add_frame, frame, pipeline, random},
 };
 
 fn context(pairs: &[(&str, &str)]) -> Vec<u8> {
@@ -435,6 +437,7 @@ fn a_connection_holds_sixteen_remote_streams() {
     let streams: Vec<_> = (0..16).map(|_| wire.remote_new("a").unwrap()).collect();
     assert_eq!(wire.remote_new("a"), Err(Status::Limit));
     assert_eq!(wire.remote_open("a", &streams[0].1), Err(Status::Limit));
+    assert_eq!(wire.describe(KeyRef::Name("a")).unwrap().key.uses, 16, "what is refused is no use");
     // Another connection has its own; and one that ends makes room.
     agent.connect().remote_new("a").unwrap();
     wire.remote_close(streams[3].0).unwrap();
@@ -783,4 +786,102 @@ fn a_client_that_leaves_during_a_lock_leaves_a_locked_agent() {
     drop(leaving);
     kms_tests::process::wait_until("it is locked", || wire.status().state == LockState::Locked);
     assert_eq!(Wire::connect(&agent.socket).unlock(b"passphrase"), Ok(true));
+}
+
+#[test]
+fn a_lock_behind_a_reply_that_cannot_be_sent_is_carried_out() {
+    let agent = Agent::start();
+    let mut wire = agent.connect();
+    wire.generate("a").unwrap();
+    let stream = UnixStream::connect(&agent.socket).unwrap();
+    let mut deaf = Wire::over(stream.try_clone().unwrap());
+    deaf.hello();
+    stream.shutdown(Shutdown::Read).unwrap();
+    let ping = frame(Opcode::Ping, 1, &kms_protocol::NoFields {}, &[]);
+    let lock = frame(Opcode::Lock, 2, &kms_protocol::NoFields {}, b"passphrase");
+    deaf.send(&[ping, lock].concat()).unwrap();
+    kms_tests::process::wait_until("it is locked", || wire.status().state == LockState::Locked);
+    assert_eq!(wire.unlock(b"passphrase"), Ok(true));
+    assert_eq!(wire.lock(b"another"), Ok(true));
+}
+
+#[test]
+fn a_lock_during_an_unlock_does_not_say_that_the_agent_is_locked() {
+    let agent = Agent::start();
+    let mut wire = agent.connect();
+    let mut other = agent.connect();
+    wire.lock(b"passphrase").unwrap();
+    let ping = frame(Opcode::Ping, 1, &kms_protocol::NoFields {}, &[]);
+    let unlock = frame(Opcode::Unlock, 2, &kms_protocol::NoFields {}, b"passphrase");
+    wire.send(&[ping, unlock].concat()).unwrap();
+    // The reply to the one before it tells that the unlock was taken up.
+    assert_eq!(wire.receive().unwrap().request_id, 1);
+    assert_eq!(other.lock(b"another"), Err(Status::Busy));
+    assert_eq!(wire.receive().unwrap().status, Status::Ok);
+    assert_eq!(other.lock(b"another"), Ok(true));
+}
+
+#[test]
+fn a_key_that_a_rewrap_moves_to_is_looked_up_after_the_ciphertext_was_looked_at() {
+    let agent = Agent::start();
+    let mut wire = agent.connect();
+    wire.generate("a").unwrap();
+    let message = wire.encrypt("a", NO_CONTEXT, b"x").unwrap();
+    let mut of_another_format = message.clone();
+    of_another_format[3] = 2;
+    for (ciphertext, status) in [
+        (b"no ciphertext".to_vec(), Status::Malformed),
+        (of_another_format, Status::Unsupported),
+        (message, Status::NotFound),
+    ] {
+        for to in [KeyRef::Bound(9), KeyRef::Name("nobody")] {
+            assert_eq!(wire.rewrap("a", NO_CONTEXT, Some(to), &ciphertext).map(|_| ()), Err(status));
+        }
+    }
+}
+
+#[test]
+fn a_key_that_is_not_exportable_is_denied_before_anything_else() {
+    let agent = Agent::start();
+    let mut wire = agent.connect();
+    wire.generate("a").unwrap();
+    let denied = |wire: &mut Wire, passphrase: &[u8], nobody| {
+        assert_eq!(wire.export("a", 0, passphrase).map(|_| ()), Err(Status::Denied));
+        assert_eq!(wire.export("nobody", 0, passphrase).map(|_| ()), Err(nobody));
+    };
+    for passphrase in [&b""[..], b"passphrase"] {
+        denied(&mut wire, passphrase, Status::NotFound);
+    }
+    wire.lock(b"passphrase").unwrap();
+    wire.unlock(b"passphrase").unwrap();
+    // Without the passphrase nothing is told, not even that there is no such key.
+    denied(&mut wire, b"", Status::Denied);
+    for passphrase in [&b"wrong"[..], b"passphrase", &[b'p'; 1025]] {
+        denied(&mut wire, passphrase, Status::NotFound);
+    }
+    // None of them was an attempt, so none is followed by a back-off.
+    wire.add("b", None, &[(constraint::EXPORTABLE, 0)]).unwrap();
+    wire.export("b", 0, b"passphrase").unwrap();
+}
+
+#[test]
+fn what_is_worked_on_elsewhere_counts_as_what_is_not() {
+    let agent = Agent::start();
+    let mut wire = agent.connect();
+    let requests = |wire: &mut Wire| wire.fact("requests").parse::<u64>().unwrap();
+    let before = requests(&mut wire);
+    let random = frame(Opcode::Random, 1, &kms_protocol::Random { length: 1 }, &[]);
+    wire.batch(&[random.clone(), random]).unwrap();
+    assert_eq!(requests(&mut wire), before + 2, "a batch is one request");
+    let out = |stats: &kms_tests::wire::Reply| {
+        let values = stats.decode::<kms_protocol::StatsReply>().values;
+        values.iter().find(|value| value.name == "bytes-out").unwrap().value
+    };
+    let stats = wire.request(Opcode::Stats, &kms_protocol::NoFields {}, &[]);
+    let mut sent = stats.bytes.len();
+    for opcode in [Opcode::Lock, Opcode::Unlock] {
+        sent += wire.request(opcode, &kms_protocol::NoFields {}, b"passphrase").bytes.len();
+    }
+    let after = wire.request(Opcode::Stats, &kms_protocol::NoFields {}, &[]);
+    assert_eq!(out(&after) - out(&stats), sent as u64);
 }

@@ -12,12 +12,13 @@ use std::{
     process::{Command, ExitStatus, Stdio},
 };
 
-use kms_protocol::Status;
+use kms_protocol::{KeyAndContext, KeyRef, NoFields, Opcode, Status};
 use kms_tests::{
     ALICE, Agent, Wire,
     agent::fresh_folder,
     process::{PATIENCE, ends_within, output, send_signal, wait_for, wait_until},
     programs::{needs_root, program, tool},
+    wire::{NO_CONTEXT, Operations, frame},
 };
 use nix::sys::signal::Signal;
 
@@ -305,6 +306,33 @@ fn a_hangup_reads_the_configuration_again_and_a_bad_one_changes_nothing() {
     // It is still an agent without a keystore.
     reload("", "read the configuration again");
     wire.generate("c").unwrap();
+}
+
+/// A client goes by the numbers that the reply to its hello named.
+#[test]
+fn a_connection_keeps_its_frame_maximum_when_the_configuration_is_read_again() {
+    let agent = Agent::start();
+    let mut wire = agent.connect();
+    wire.generate("a").unwrap();
+    fs::write(agent.config(), "[limits]\nframe = 131072\n").unwrap();
+    send_signal(agent.pid, Signal::SIGHUP);
+    wait_until("it is read", || agent.log().contains("read the configuration again"));
+    let random = frame(Opcode::Random, 1, &kms_protocol::Random { length: 65_536 }, &[]);
+    let mut later = Wire::connect(&agent.socket);
+    for (wire, fit) in [(&mut wire, 10), (&mut later, 1)] {
+        let replies = wire.batch(&vec![random.clone(); 10]).unwrap();
+        assert_eq!(replies.iter().filter(|reply| reply.status == Status::Ok).count(), fit);
+    }
+    let items = frame(
+        Opcode::Encrypt,
+        1,
+        &KeyAndContext { key: KeyRef::Name("a"), context: NO_CONTEXT },
+        &[7; 60_000],
+    );
+    assert_eq!(wire.batch(&vec![items.clone(); 10]).unwrap().len(), 10);
+    later.send(&frame(Opcode::Batch, 2, &NoFields {}, &items.repeat(10))[..16]).unwrap();
+    assert_eq!(later.receive().unwrap().status, Status::TooLarge);
+    assert!(later.is_closed());
 }
 
 #[test]

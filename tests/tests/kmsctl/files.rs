@@ -120,13 +120,17 @@ fn a_signal_in_the_middle_leaves_no_file() {
     let plaintext = random_bytes(4 << 20);
     for [name, way, input] in makers(&scene, &plaintext) {
         let input = fs::read(input).unwrap();
-        for (signal, existing) in [(Signal::SIGINT, false), (Signal::SIGTERM, true), (Signal::SIGHUP, false)]
-        {
+        for (signal, existing) in [
+            (Signal::SIGINT, false),
+            (Signal::SIGTERM, true),
+            (Signal::SIGHUP, false),
+            (Signal::SIGQUIT, false),
+        ] {
             let target = scene.out().join("file");
             let untouched = existing.then(|| Untouched::put(target.clone()));
             // Whoever runs the tests in the background may ignore some of them, and children inherit that.
             let mut command = tool("env");
-            command.arg("--default-signal=INT,TERM,HUP").arg(program("kmsctl"));
+            command.arg("--default-signal=INT,TERM,HUP,QUIT").arg(program("kmsctl"));
             prepare(&mut command, &scene.agent.socket, [&name, "-k", "k", &way, "-o"]);
             let mut child = half_done(
                 &scene,
@@ -145,6 +149,37 @@ fn a_signal_in_the_middle_leaves_no_file() {
                 }
                 None => assert_eq!(names(&scene.out()), [""; 0], "{name} {way}"),
             }
+        }
+    }
+}
+
+#[test]
+fn a_signal_that_is_ignored_ends_nothing_and_takes_no_file() {
+    let scene = Scene::new();
+    for [name, way, input] in makers(&scene, &random_bytes(4 << 20)) {
+        let input = fs::read(input).unwrap();
+        for ends in [false, true] {
+            // As under `nohup`.
+            let mut command = tool("env");
+            command.args(["--default-signal=TERM", "--ignore-signal=INT,HUP"]).arg(program("kmsctl"));
+            prepare(&mut command, &scene.agent.socket, [&name, "-k", "k", &way, "-o"]);
+            command.arg(scene.out().join("file"));
+            let mut child = half_done(&scene, command, &input);
+            let pid = child.id().cast_signed();
+            send_signal(pid, Signal::SIGHUP);
+            send_signal(pid, Signal::SIGINT);
+            if ends {
+                send_signal(pid, Signal::SIGTERM);
+                assert_eq!(wait_for(&mut child).signal(), Some(Signal::SIGTERM as i32), "{name} {way}");
+                assert_eq!(names(&scene.out()), [""; 0], "{name} {way}");
+                continue;
+            }
+            let mut pipe = child.stdin.take().unwrap();
+            std::io::Write::write_all(&mut pipe, &input[input.len() / 2..]).unwrap();
+            drop(pipe);
+            assert!(wait_for(&mut child).success(), "{name} {way}");
+            assert_eq!(names(&scene.out()), ["file"], "{name} {way}");
+            fs::remove_file(scene.out().join("file")).unwrap();
         }
     }
 }

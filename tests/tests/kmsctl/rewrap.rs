@@ -7,6 +7,7 @@ use std::{
     os::unix::{
         fs::{MetadataExt, PermissionsExt, symlink},
         net::{UnixListener, UnixStream},
+        process::ExitStatusExt,
     },
     path::{Path, PathBuf},
     process::{Child, Command},
@@ -459,6 +460,32 @@ fn a_front_that_is_half_written_is_made_whole() {
 }
 
 #[test]
+fn a_run_that_is_asked_to_end_leaves_nothing_half_done() {
+    let scene = Scene::new();
+    let maker = Maker::new(&scene);
+    let tree = scene.path("tree");
+    fs::create_dir(&tree).unwrap();
+    let mut wire = scene.agent.connect();
+    for number in 0..2000 {
+        let bytes = match number % 2 {
+            0 => maker.stream(&random(), ContextRef::EMPTY, &content(number)),
+            _ => wire.encrypt("k", ContextRef::EMPTY.as_bytes(), &content(number)).unwrap(),
+        };
+        fs::write(tree.join(number.to_string()), bytes).unwrap();
+    }
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        let wanted = rotate(&mut wire);
+        let enough = moved(&mut wire) + 300;
+        let mut child = rewrap(&scene, &["-r"], &[&tree]).spawn().unwrap();
+        wait_until("it is in the middle of its work", || moved(&mut wire) >= enough);
+        send_signal(child.id().cast_signed(), signal);
+        assert_eq!(wait_for(&mut child).signal(), Some(signal as i32));
+        assert_eq!(names(&tree).len(), 2000, "a side file is left");
+        assert!(files(&tree).iter().any(|path| version(path) < wanted), "it had ended by itself");
+    }
+}
+
+#[test]
 fn two_runs_at_the_same_time_share_the_work() {
     let scene = Scene::new();
     let maker = Maker::new(&scene);
@@ -540,6 +567,13 @@ fn a_lock_on_a_file_is_waited_for_and_then_given_up() {
     let failed = run(&mut rewrap(&scene, &["--timeout", "1s"], &[&file]));
     assert!(failed.message(1).starts_with("somebody else holds a lock on"), "{}", failed.stderr);
     assert_eq!(version(&file), 1);
+    // What is no ciphertext is none of our business, and neither is its lock.
+    let tree = scene.path("tree");
+    fs::create_dir(&tree).unwrap();
+    fs::write(tree.join("other"), "a file of another program").unwrap();
+    let other = File::open(tree.join("other")).unwrap();
+    other.lock().unwrap();
+    assert_eq!(tally(rewrap(&scene, &["-r", "--timeout", "1s"], &[&tree])), tally_of(0, 0, 1));
     let mut child = rewrap(&scene, &[], &[&file]).spawn().unwrap();
     let is_open = |link: PathBuf| fs::read_link(link).is_ok_and(|target| target == file);
     wait_until("it has the file open", || {

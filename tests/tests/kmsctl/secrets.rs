@@ -82,15 +82,16 @@ fn a_plain_key_never_goes_to_a_terminal() {
 fn an_export_needs_a_yes_on_the_terminal() {
     let scene = scene();
     for (answer, exported) in [("yes\n", true), ("no\n", false), ("y\n", false), ("\n", false)] {
-        let terminal = openpty(None, None).unwrap();
+        let OpenptyResult { master, slave } = openpty(None, None).unwrap();
         // Its own session, with this terminal and nothing else to ask on.
         let mut command: Command = tool("setsid");
         command.args(["--ctty", "--wait"]).arg(program("kmsctl"));
         prepare(&mut command, &scene.agent.socket, ["export", "out", "-o"]);
-        command.arg(scene.out().join("key")).stdin(Stdio::from(terminal.slave.try_clone().unwrap()));
+        command.arg(scene.out().join("key")).stdin(Stdio::from(slave));
         let mut child = command.spawn().unwrap();
         drop(command);
-        let mut master = File::from(terminal.master.try_clone().unwrap());
+        // Nobody else has the other end: when it ends without asking, so does reading.
+        let mut master = File::from(master);
         let mut asked = String::new();
         while !asked.contains("Type yes to go on: ") {
             let mut buffer = [0; 256];

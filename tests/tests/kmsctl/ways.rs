@@ -1,10 +1,11 @@
-//! Local and remote streams are one format: what the one made the other opens.
+//! Local and remote streams are one format: what the one made the other opens. And the way to an agent that is not there yet.
 
-use std::fs;
+use std::{fs, os::unix::fs::symlink, time::Duration};
 
 use kms_tests::{
-    kmsctl::WAYS,
-    process::{run, run_with_input},
+    Agent,
+    kmsctl::{WAYS, kmsctl},
+    process::{ends_within, run, run_with_input, wait_for, wait_until},
     wire::random_bytes,
 };
 
@@ -51,4 +52,24 @@ fn input_from_a_pipe_gives_a_stream_of_the_same_form() {
             assert!(ran.stdout == plaintext);
         }
     }
+}
+
+#[test]
+fn who_waits_for_an_unlocked_agent_waits_over_the_end_of_a_locked_one() {
+    let mut scene = Scene::new();
+    let socket = scene.path("socket");
+    symlink(&scene.agent.socket, &socket).unwrap();
+    let _ = run_with_input(&mut scene.kmsctl(["lock", "--passphrase-file", "-"]), b"passphrase");
+    let mut child = kmsctl(&socket, ["wait", "--unlocked"]).spawn().unwrap();
+    wait_until("it has asked", || {
+        let status = run(&mut scene.kmsctl(["status", "--json"])).stdout;
+        String::from_utf8(status).unwrap().contains("\"connections\":\"2\"")
+    });
+    scene.agent.kill();
+    // Longer than one request is repeated.
+    assert!(!ends_within(child.id().cast_signed(), Duration::from_secs(6)));
+    let next = Agent::start();
+    fs::remove_file(&socket).unwrap();
+    symlink(&next.socket, &socket).unwrap();
+    assert!(wait_for(&mut child).success());
 }

@@ -314,7 +314,17 @@ impl<'a> Move<'a> {
     /// One file.
     fn one(&self, clients: &mut Clients, job: &Job) -> Result<Outcome, Failure> {
         let place = job.place()?;
-        let held = place.hold(self.patience)?;
+        let held = match place.hold(Duration::ZERO) {
+            Err(Failure::InUse { .. }) => {
+                let failed = |source| Failure::Open { path: job.path(), source };
+                // Another program may hold a file of its own for as long as it runs.
+                if job.in_tree() && !place.may_be_ours().map_err(failed)? {
+                    return Ok(Outcome::Skipped);
+                }
+                place.hold(self.patience)?
+            }
+            held => held?,
+        };
         if self.global.dry_run {
             return self.foresee(clients.opening(self)?, &held, job.in_tree());
         }
@@ -755,5 +765,37 @@ impl Jobs {
             // Symlinks, pipes, sockets, devices.
             _ => self.skipped = self.skipped.saturating_add(1),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn a_tree_is_not_left_by_any_way() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().join("root");
+        fs::create_dir_all(root.join("in/deep")).unwrap();
+        fs::create_dir(folder.path().join("outside")).unwrap();
+        symlink("../outside", root.join("out")).unwrap();
+        symlink("in", root.join("again")).unwrap();
+        let opened = File::open(&root).unwrap();
+        let tree = Tree { root: opened.into(), path: root.clone() };
+        for inside in ["", "in", "in/deep"] {
+            assert!(tree.open(Path::new(inside)).is_ok(), "{inside}");
+        }
+        // Neither what leads out, nor what was a folder when it was listed and is a symlink now.
+        for outside in ["out", "again", "again/deep", "..", "../outside", "/"] {
+            assert!(tree.open(Path::new(outside)).is_err(), "{outside}");
+        }
+        // What is found is what lies there by its own name.
+        fs::write(root.join("in/deep/file"), "").unwrap();
+        let mut jobs = Jobs::default();
+        jobs.add(&root, true).unwrap();
+        let paths: Vec<_> = jobs.files.iter().map(Job::path).collect();
+        assert_eq!((paths, jobs.skipped, jobs.failures.len()), (vec![root.join("in/deep/file")], 2, 0));
     }
 }

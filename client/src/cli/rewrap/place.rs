@@ -20,7 +20,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kms_envelope::REWRAP_LEN;
+use kms_envelope::{Header, HeaderError, REWRAP_LEN};
 use nix::{
     errno::Errno,
     fcntl::{AtFlags, OFlag, openat, renameat},
@@ -99,6 +99,15 @@ impl Place {
             }
         }
         Err(Failure::Changing { path: self.path.clone() })
+    }
+
+    /// Whether it begins as a ciphertext does, as far as can be told without a lock.
+    pub(super) fn may_be_ours(&self) -> io::Result<bool> {
+        let file = self.open(&self.name, OFlag::O_RDONLY | OFlag::O_NONBLOCK)?;
+        let mut front = [0; REWRAP_LEN];
+        let got = if file.metadata()?.is_file() { read_front(&file, &mut front)? } else { 0 };
+        let header = Header::parse(front.get(..got).unwrap_or_default());
+        Ok(!matches!(header, Err(HeaderError::Truncated | HeaderError::NotOurs)))
     }
 
     fn lock(&self, file: &File, patience: Duration) -> Result<(), Failure> {
@@ -203,8 +212,8 @@ impl Held<'_> {
         if now == side.old {
             self.place.remove(&name).map_err(failed)?;
         } else if mixed() {
-            interrupt::without(|| self.write_front(&side.new).and_then(|()| self.place.remove(&name)))
-                .map_err(failed)?;
+            let finish = || write_front(&self.writable()?, &side.new).and_then(|()| self.place.remove(&name));
+            interrupt::without(finish).map_err(failed)?;
         } else {
             return Ok(Leftover::Doubtful);
         }
@@ -227,12 +236,12 @@ impl Held<'_> {
         let (name, _) = self.place.side_names();
         let side = Side { name: self.place.name.clone(), old: *old, new: *new };
         let change = || {
+            // Before there is a side file: what cannot be written gets none.
+            let target = self.writable()?;
             let file = self.place.open(&name, OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL)?;
             let written = file.write_all_at(&side.to_bytes(), 0).and_then(|()| file.sync_all());
             let written = written.and_then(|()| self.place.sync_folder());
-            let mut now = [0; REWRAP_LEN];
-            let unchanged = written.and_then(|()| read_front(&self.file, &mut now)).map(|_| now == *old);
-            match unchanged {
+            match written.and_then(|()| self.is_still(old)) {
                 Ok(true) => {}
                 other => {
                     self.place.remove(&name)?;
@@ -240,7 +249,7 @@ impl Held<'_> {
                 }
             }
             // From here on the side file stays until the new bytes are on the disk.
-            self.write_front(new)?;
+            write_front(&target, new)?;
             self.place.remove(&name)?;
             Ok(true)
         };
@@ -250,15 +259,22 @@ impl Held<'_> {
         }
     }
 
-    /// Onto the disk.
-    fn write_front(&self, bytes: &[u8; REWRAP_LEN]) -> io::Result<()> {
+    /// The same file, to be written to.
+    fn writable(&self) -> io::Result<File> {
         let file = self.place.open(&self.place.name, OFlag::O_WRONLY)?;
         let meta = file.metadata()?;
-        if (meta.dev(), meta.ino()) != (self.meta.dev(), self.meta.ino()) {
-            return Err(Errno::ESTALE.into());
+        match (meta.dev(), meta.ino()) == (self.meta.dev(), self.meta.ino()) {
+            true => Ok(file),
+            false => Err(Errno::ESTALE.into()),
         }
-        file.write_all_at(bytes, 0)?;
-        file.sync_data()
+    }
+
+    /// Whether it still has its name, and begins as it did.
+    fn is_still(&self, old: &[u8; REWRAP_LEN]) -> io::Result<bool> {
+        let mut now = [0; REWRAP_LEN];
+        let _ = read_front(&self.file, &mut now)?;
+        let there = self.place.look(&self.place.name)?;
+        Ok(now == *old && there.is_some_and(|stat| is_same(&self.meta, &stat)))
     }
 
     /// Replaces the whole file by what `write` puts into a new one, with the owner and mode of the old one.
@@ -310,6 +326,12 @@ impl Held<'_> {
         }
         file.set_permissions(Permissions::from_mode(self.meta.mode() & 0o777))
     }
+}
+
+/// Onto the disk.
+fn write_front(file: &File, bytes: &[u8; REWRAP_LEN]) -> io::Result<()> {
+    file.write_all_at(bytes, 0)?;
+    file.sync_data()
 }
 
 fn read_front(file: &File, front: &mut [u8; REWRAP_LEN]) -> io::Result<usize> {
@@ -451,6 +473,17 @@ mod tests {
             Err(Failure::Changing { .. })
         ));
         assert_eq!(scene.names(), 1);
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_written_gets_no_side_file() {
+        let scene = Scene::new(&OLD);
+        let held = scene.place.hold(NOW).unwrap();
+        let path = scene.folder.path().join("file");
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, OLD).unwrap();
+        assert!(matches!(held.replace_front(&OLD, &NEW), Err(Failure::Create { .. })));
+        assert_eq!((scene.names(), scene.content()), (1, OLD.to_vec()));
     }
 
     #[test]
