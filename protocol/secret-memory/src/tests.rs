@@ -367,8 +367,8 @@ fn every_policy_keeps_its_promise_here() {
         }
         tell("buffer", policy, buffer.map(|b| b.backing()));
         tell("box", policy, LockedBox::with_policy([0_u8; 32], policy).map(|b| b.backing()));
-        let thread = spawn_locked("secrets", 128 << 10, policy, || ());
-        tell("thread", policy, thread.map(|(_, backing)| backing));
+        let thread = spawn_locked("secrets", 128 << 10, policy, |backing| backing);
+        tell("thread", policy, thread.map(|thread| thread.join().unwrap().unwrap()));
     }
     assert!(memlock_limit().is_some_and(|(soft, hard)| soft <= hard));
 }
@@ -514,9 +514,9 @@ fn the_stack_of_a_thread_for_secrets_is_locked_whole_and_not_dumped() {
         let address = (&raw const here).addr();
         vmas().into_iter().find(|vma| (vma.start..vma.end).contains(&address)).unwrap()
     };
-    let (thread, backing) = spawn_locked("secrets", LEN, Policy::Auto, own_stack).unwrap();
+    let thread = spawn_locked("secrets", LEN, Policy::Auto, move |backing| (backing, own_stack())).unwrap();
+    let (backing, stack) = thread.join().unwrap().unwrap();
     assert_eq!(backing, Backing::Mlock);
-    let stack = thread.join().unwrap().unwrap();
     assert!(stack.end - stack.start >= LEN && stack.has("lo") && stack.has("dd"), "{:?}", stack.flags);
     // The control: an ordinary thread has neither.
     let stack = std::thread::spawn(own_stack).join().unwrap();

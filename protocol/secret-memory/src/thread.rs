@@ -15,8 +15,8 @@ use crate::{
     sys,
 };
 
-/// Starts a thread with a stack of `stack_len` bytes that is locked and kept out of dumps, and says which it became:
-/// [`Policy::Preferred`] may leave it unlocked, every other policy means mlock.
+/// Starts a thread with a stack of `stack_len` bytes that is locked and kept out of dumps, and has it do `work`, which is told
+/// what the stack became: [`Policy::Preferred`] may leave it unlocked, every other policy means mlock.
 ///
 /// # Errors
 /// The thread cannot be had, or its stack cannot be locked; then `work` was not begun.
@@ -24,8 +24,8 @@ pub fn spawn_locked<T: Send + 'static>(
     name: &str,
     stack_len: usize,
     policy: Policy,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<(JoinHandle<Option<T>>, Backing), RegionError> {
+    work: impl FnOnce(Backing) -> T + Send + 'static,
+) -> Result<JoinHandle<Option<T>>, RegionError> {
     let (tell, told) = sync_channel(1);
     let no_thread = |error: &io::Error| {
         RegionError::from_call(Call::Thread, error.raw_os_error().unwrap_or(libc::EAGAIN), stack_len)
@@ -35,12 +35,11 @@ pub fn spawn_locked<T: Send + 'static>(
         .stack_size(stack_len)
         .spawn(move || {
             let backing = backing_of(sys::lock_own_stack(), policy == Policy::Preferred);
-            let goes_on = backing.is_ok();
             // Whoever started it waits for this.
-            let _ = tell.send(backing);
-            goes_on.then(work)
+            let _ = tell.send(backing.map(|_| ()));
+            backing.ok().map(work)
         })
         .map_err(|error| no_thread(&error))?;
-    let backing = told.recv().map_err(|_| no_thread(&io::ErrorKind::Interrupted.into()))??;
-    Ok((thread, backing))
+    told.recv().map_err(|_| no_thread(&io::ErrorKind::Interrupted.into()))??;
+    Ok(thread)
 }
