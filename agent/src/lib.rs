@@ -93,6 +93,16 @@ fn protect() -> Result<(), StartError> {
     Ok(())
 }
 
+/// The uid that is served. Never the one that stands for every user whom this namespace does not know: the kernel would show them all
+/// as ourselves.
+fn own_uid() -> Result<u32, StartError> {
+    const OVERFLOW_UID: u32 = 65534;
+    let set = std::fs::read_to_string("/proc/sys/kernel/overflowuid").ok();
+    let overflow = set.and_then(|text| text.trim().parse().ok()).unwrap_or(OVERFLOW_UID);
+    let uid = getuid().as_raw();
+    if uid == overflow { Err(StartError::OverflowUid(uid)) } else { Ok(uid) }
+}
+
 /// In the foreground a person or a service manager reads along; elsewhere only what needs somebody is said.
 fn log_level(args: &Args, config: &Config) -> LevelFilter {
     config.log.unwrap_or(if args.foreground { LevelFilter::INFO } else { LevelFilter::WARN })
@@ -119,6 +129,7 @@ fn serve(
     until: Option<Pid>,
 ) -> Result<(), StartError> {
     protect()?;
+    let uid = own_uid()?;
     let log = start_log(log_level(args, &config));
     // Opened while the parent is certainly there, since it waits for readiness.
     let until = until.map(sys::pidfd_open).transpose().map_err(StartError::Command)?;
@@ -130,7 +141,7 @@ fn serve(
     }
     let mut limits = config.limits;
     (limits.memory_only, limits.lifetime) = (args.memory, args.lifetime);
-    let core = Core::new(getuid().as_raw(), keyring, limits, random, LogAudit, now());
+    let core = Core::new(uid, keyring, limits, random, LogAudit, now());
     let server = Server::new(core, socket.listener()?, config.secret_memory)?;
     // The server, and with it every connection and every buffer, is wiped before the socket is taken away.
     run(args, server, &socket, ready, until, &log)
