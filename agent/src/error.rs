@@ -13,6 +13,10 @@ use crate::{config::ConfigError, crypto::CryptoError, sandbox::SandboxError};
 pub(crate) enum StartError {
     #[error("cannot protect the process: {what}: {source}")]
     Protect { what: &'static str, source: Errno },
+    #[error(
+        "uid {0} stands for every user whom this user namespace does not know; nobody can be served as it"
+    )]
+    OverflowUid(u32),
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error("{path}: {problem}")]
@@ -74,6 +78,7 @@ impl StartError {
                 Some("raise RLIMIT_MEMLOCK (ulimit -l), or set secret_memory = \"preferred\" and accept swap")
             }
             Self::Sandbox(_) => Some("sandbox = \"preferred\" in the configuration starts without"),
+            Self::OverflowUid(_) => Some("run it under a uid of its own; in a user namespace that maps one"),
             _ => None,
         }
     }

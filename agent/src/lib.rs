@@ -42,7 +42,7 @@ use nix::{
         signalfd::{SfdFlags, SignalFd},
         stat::{Mode, umask},
     },
-    unistd::{Pid, getuid},
+    unistd::Pid,
 };
 
 use crate::{
@@ -117,6 +117,7 @@ fn serve(
     until: Option<Pid>,
 ) -> Result<Infallible, StartError> {
     protect()?;
+    let uid = process::own_uid()?;
     let log = Log::start(level(args.foreground, &config));
     // Opened while the parent is certainly there, since it waits for readiness.
     let until = until.map(sys::pidfd_open).transpose().map_err(StartError::Command)?;
@@ -144,7 +145,7 @@ fn serve(
     let memory = config.secret_memory;
     let work = move |stack| {
         protection.stacks(stack);
-        let agent = Agent { surroundings, config, socket, signals, until, service, log, protection };
+        let agent = Agent { uid, surroundings, config, socket, signals, until, service, log, protection };
         // A panic outside every request was told by the hook.
         let ended = catch_unwind(AssertUnwindSafe(|| agent.run(ready))).unwrap_or(Err(StartError::Panicked));
         // Here and not by the thread's end, which takes system calls that nothing else needs.
@@ -190,6 +191,7 @@ impl Surroundings {
 
 /// All that the thread which serves is given.
 struct Agent {
+    uid: u32,
     surroundings: Surroundings,
     config: Config,
     socket: AgentSocket,
@@ -210,7 +212,7 @@ impl Agent {
             tracing::info!(%backing, "keys are shielded");
         }
         let limits = self.surroundings.limits(&self.config);
-        let core = Core::new(getuid().as_raw(), keyring, limits, random, LogAudit, now());
+        let core = Core::new(self.uid, keyring, limits, random, LogAudit, now());
         let mut server = Server::new(core, self.socket.listener()?, memory)?;
         server.wake_by(&self.signals, Source::Signals).map_err(StartError::Runtime)?;
         if let Some(command) = &self.until {

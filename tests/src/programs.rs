@@ -37,15 +37,21 @@ fn target_folder() -> PathBuf {
 
 /// The tools of other packages that tests call, with the Debian package that has them.
 const TOOLS: &[(&str, &str)] = &[
+    ("dd", "coreutils"),
     ("env", "coreutils"),
+    ("gcore", "gdb"),
     ("gdb", "gdb"),
     ("install", "coreutils"),
+    ("mkswap", "util-linux"),
     ("mount", "mount"),
     ("prlimit", "util-linux"),
     ("setpriv", "util-linux"),
     ("setsid", "util-linux"),
     ("sh", "dash"),
     ("strace", "strace"),
+    ("swapoff", "mount"),
+    ("swapon", "mount"),
+    ("unshare", "util-linux"),
 ];
 
 /// A command that runs a tool of the machine.
