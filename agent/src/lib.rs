@@ -3,6 +3,7 @@
 //! Owns the order of the start: not dumpable, arguments, configuration, background (the last fork), socket, secret
 //! memory, runtime, ready. See `docs/architecture.md`. No secret exists before the last fork.
 
+mod activation;
 mod args;
 pub mod audit;
 pub mod authorize;
@@ -11,15 +12,29 @@ pub mod constraints;
 pub mod core;
 pub mod crypto;
 mod error;
+mod folder;
 pub mod keyring;
 mod launch;
+mod manual;
+mod pump;
 pub mod reply;
+mod running;
 mod server;
+mod shell;
 mod socket;
 mod sys;
 
-use std::{os::fd::OwnedFd, process::ExitCode};
+use std::{
+    io::{stdin, stdout},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    process::ExitCode,
+    thread,
+};
 
+use kms_secret_memory::Policy;
 use nix::{
     errno::Errno,
     sys::{
@@ -29,7 +44,7 @@ use nix::{
         signalfd::{SfdFlags, SignalFd},
         stat::{Mode, umask},
     },
-    unistd::{Pid, getuid},
+    unistd::{Pid, getuid, pipe},
 };
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::{layer::SubscriberExt, reload, util::SubscriberInitExt};
@@ -70,9 +85,12 @@ pub fn main() -> ExitCode {
 }
 
 fn start(args: &Args) -> Result<ExitCode, StartError> {
+    if args.end {
+        return launch::end(args);
+    }
     let config = args.config()?;
-    let place = socket::Place::choose(args.socket.as_deref(), !args.command.is_empty())?;
-    match launch::launch(args, &place)? {
+    let place = if args.stdio { None } else { Some(socket::Place::choose(args)?) };
+    match launch::launch(args, place.as_ref())? {
         Launched::Parent(exit) => Ok(exit),
         Launched::Agent { ready, until } => {
             let served = serve(args, config, place, ready, until);
@@ -95,7 +113,7 @@ fn protect() -> Result<(), StartError> {
 
 /// In the foreground a person or a service manager reads along; elsewhere only what needs somebody is said.
 fn log_level(args: &Args, config: &Config) -> LevelFilter {
-    config.log.unwrap_or(if args.foreground { LevelFilter::INFO } else { LevelFilter::WARN })
+    config.log.unwrap_or(if args.foreground || args.stdio { LevelFilter::INFO } else { LevelFilter::WARN })
 }
 
 fn start_log(level: LevelFilter) -> LogLevel {
@@ -114,7 +132,7 @@ fn start_log(level: LevelFilter) -> LogLevel {
 fn serve(
     args: &Args,
     config: Config,
-    place: socket::Place,
+    place: Option<socket::Place>,
     ready: Ready,
     until: Option<Pid>,
 ) -> Result<(), StartError> {
@@ -122,7 +140,7 @@ fn serve(
     let log = start_log(log_level(args, &config));
     // Opened while the parent is certainly there, since it waits for readiness.
     let until = until.map(sys::pidfd_open).transpose().map_err(StartError::Command)?;
-    let socket = AgentSocket::bind(place)?;
+    let socket = place.map(AgentSocket::bind).transpose()?;
     let mut random = KernelRandom;
     let keyring = Keyring::new(config.secret_memory, &mut random)?;
     if let Some(backing) = keyring.backing() {
@@ -131,15 +149,31 @@ fn serve(
     let mut limits = config.limits;
     (limits.memory_only, limits.lifetime) = (args.memory, args.lifetime);
     let core = Core::new(getuid().as_raw(), keyring, limits, random, LogAudit, now());
-    let server = Server::new(core, socket.listener()?, config.secret_memory)?;
+    let listener = socket.as_ref().map(AgentSocket::listener).transpose()?;
+    let server = Server::new(core, listener, config.secret_memory)?;
     // The server, and with it every connection and every buffer, is wiped before the socket is taken away.
-    run(args, server, &socket, ready, until, &log)
+    run(args, server, config.secret_memory, socket.as_ref(), ready, until, &log)
+}
+
+/// Admits stdin and stdout as a peer; what is given can be read when it is gone.
+fn serve_stdio(server: &mut Server<KernelRandom, LogAudit>, memory: Policy) -> Result<OwnedFd, StartError> {
+    let (peer, served) = UnixStream::pair().map_err(StartError::Stdio)?;
+    server.admit(served);
+    let (until, over) = pipe().map_err(|errno| StartError::Stdio(errno.into()))?;
+    let pumping = thread::Builder::new().name("stdio".to_owned()).spawn(move || {
+        if let Err(error) = pump::pump(stdin().as_fd(), stdout().as_fd(), &peer, memory) {
+            error.report();
+        }
+        drop(over);
+    });
+    pumping.map(|_| until).map_err(StartError::Stdio)
 }
 
 fn run(
     args: &Args,
     mut server: Server<KernelRandom, LogAudit>,
-    socket: &AgentSocket,
+    memory: Policy,
+    socket: Option<&AgentSocket>,
     ready: Ready,
     until: Option<OwnedFd>,
     log: &LogLevel,
@@ -151,10 +185,14 @@ fn run(
     let signals =
         SignalFd::with_flags(&wanted, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).map_err(runtime)?;
     server.wake_by(&signals, Wake::Signal).map_err(StartError::Runtime)?;
+    let until = if args.stdio { Some(serve_stdio(&mut server, memory)?) } else { until };
     if let Some(command) = &until {
         server.wake_by(command, Wake::CommandEnded).map_err(StartError::Runtime)?;
     }
-    tracing::info!(socket = %socket.path().display(), "ready");
+    match socket {
+        Some(socket) => tracing::info!(socket = %socket.path().display(), "ready"),
+        None => tracing::info!("ready for the peer on stdin and stdout"),
+    }
     ready.tell()?;
     loop {
         match server.serve().map_err(StartError::Runtime)? {
