@@ -37,7 +37,9 @@ fn target_folder() -> PathBuf {
 
 /// The tools of other packages that tests call, with the Debian package that has them.
 const TOOLS: &[(&str, &str)] = &[
+    ("csh", "csh"),
     ("env", "coreutils"),
+    ("fish", "fish"),
     ("gdb", "gdb"),
     ("install", "coreutils"),
     ("mount", "mount"),
@@ -46,6 +48,8 @@ const TOOLS: &[(&str, &str)] = &[
     ("setsid", "util-linux"),
     ("sh", "dash"),
     ("strace", "strace"),
+    ("systemd-socket-activate", "systemd"),
+    ("unshare", "util-linux"),
 ];
 
 /// A command that runs a tool of the machine.

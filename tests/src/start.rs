@@ -5,13 +5,13 @@ use std::{
     env, fs,
     io::{BufRead, BufReader, Read},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
 };
 
 use nix::sys::signal::Signal;
 
 use crate::{
-    process::{output, send_signal, wait_for},
+    process::{run, send_signal, wait_for},
     programs::program,
 };
 
@@ -39,12 +39,21 @@ pub fn agent_command(folder: &Path, arguments: &[&str]) -> Command {
     command
 }
 
+/// As [`output`](crate::process::output), with the stdin that the command has.
+///
+/// # Panics
+/// When it cannot be run, or does not end.
+pub fn output_of(command: &mut Command) -> (ExitStatus, String, String) {
+    let ran = run(command.stdout(Stdio::piped()).stderr(Stdio::piped()));
+    (ran.status, String::from_utf8_lossy(&ran.stdout).into_owned(), ran.stderr)
+}
+
 /// A start that must fail: its stderr, after a look at status and stdout.
 ///
 /// # Panics
 /// When it does not fail in this way.
 pub fn fails(command: &mut Command, code: i32) -> String {
-    let (status, stdout, stderr) = output(command);
+    let (status, stdout, stderr) = output_of(command);
     assert_eq!(status.code(), Some(code), "{stdout}{stderr}");
     assert_eq!(stdout, "", "nothing that a shell would evaluate");
     assert!(stderr.starts_with("kms-agent: error: "), "{stderr}");

@@ -3,6 +3,7 @@
 //! One binary, so that the scenarios share the machine's cores; each starts an agent of its own and, unless it says
 //! otherwise, ends with that agent stopped, its folder empty and no panic counted.
 
+mod activated;
 mod batch;
 mod constraints;
 mod desk;
@@ -18,3 +19,4 @@ mod pairs;
 mod peers;
 mod start;
 mod statuses;
+mod ways;
