@@ -46,9 +46,7 @@ impl Folder {
                 here.metadata = look(&here.path)?;
                 continue;
             }
-            if here.metadata.mode() & OPEN != 0 && here.metadata.mode() & STICKY == 0 {
-                return Err(SocketProblem::Open(here.path));
-            }
+            here.keeps_names()?;
             let next = here.path.join(&name);
             let metadata = look(&next)?;
             trusted.check(&next, &metadata)?;
@@ -76,6 +74,14 @@ impl Folder {
         let path = PathBuf::from("/");
         let metadata = look(&path)?;
         Ok(Self { path, metadata })
+    }
+
+    /// Whether what is ours or root's in it cannot be taken away or exchanged by anybody else.
+    pub(crate) fn keeps_names(&self) -> Result<(), SocketProblem> {
+        if self.metadata.mode() & OPEN != 0 && self.metadata.mode() & STICKY == 0 {
+            return Err(SocketProblem::Open(self.path.clone()));
+        }
+        Ok(())
     }
 
     /// Whether nobody else can make or take away anything in it, in a sticky folder neither.

@@ -100,8 +100,8 @@ impl Place {
     fn fresh() -> Result<Self, StartError> {
         let temporary = std::path::absolute(std::env::temp_dir()).unwrap_or_else(|_| "/tmp".into());
         let failed = |problem| at(&temporary, problem);
-        // Others may write there if it is sticky: what is made is ours.
         let folder = Folder::find(&temporary).map_err(failed)?;
+        folder.keeps_names().map_err(failed)?;
         let folder = tempfile::Builder::new()
             .prefix("kms-agent-")
             .permissions(fs::Permissions::from_mode(0o700))

@@ -4,6 +4,7 @@
 //! otherwise, ends with that agent stopped, its folder empty and no panic counted.
 
 mod activated;
+mod bare;
 mod batch;
 mod constraints;
 mod desk;
@@ -17,6 +18,8 @@ mod memory;
 mod operations;
 mod pairs;
 mod peers;
+mod place;
 mod start;
 mod statuses;
+mod stdio;
 mod ways;
