@@ -50,6 +50,7 @@ use nix::{
         resource::{Resource, getrlimit, setrlimit},
         signal::{SigSet, Signal},
         signalfd::{SfdFlags, SignalFd},
+        socket::{setsockopt, sockopt},
         stat::{Mode, umask},
     },
     unistd::{Pid, pipe},
@@ -201,6 +202,8 @@ impl Stdio {
     /// With the server's end of the connection, and what can be read when it is over.
     fn new() -> io::Result<(Self, UnixStream, OwnedFd)> {
         let (peer, served) = UnixStream::pair()?;
+        // Before anything is sent there, as on a listener.
+        setsockopt(&served, sockopt::PassCred, &true)?;
         let (until, over) = pipe()?;
         Ok((Self { peer, over }, served, until))
     }
