@@ -23,7 +23,14 @@ mod service;
 mod socket;
 mod sys;
 
-use std::{os::fd::OwnedFd, process::ExitCode, sync::mpsc::sync_channel, thread};
+use std::{
+    convert::Infallible,
+    os::fd::OwnedFd,
+    panic::{AssertUnwindSafe, catch_unwind},
+    process::ExitCode,
+    thread,
+    time::Duration,
+};
 
 use kms_secret_memory::spawn_locked;
 use nix::{
@@ -83,9 +90,7 @@ fn start(args: &Args) -> Result<ExitCode, StartError> {
     let place = socket::Place::choose(args.socket.as_deref(), !args.command.is_empty())?;
     match launch::launch(args, &place)? {
         Launched::Parent(exit) => Ok(exit),
-        Launched::Agent { ready, until } => {
-            serve(args, file, config, place, ready, until).map(|()| ExitCode::SUCCESS)
-        }
+        Launched::Agent { ready, until } => match serve(args, file, config, place, ready, until)? {},
     }
 }
 
@@ -110,7 +115,7 @@ fn serve(
     place: socket::Place,
     ready: Ready,
     until: Option<Pid>,
-) -> Result<(), StartError> {
+) -> Result<Infallible, StartError> {
     protect()?;
     let log = Log::start(level(args.foreground, &config));
     // Opened while the parent is certainly there, since it waits for readiness.
@@ -137,20 +142,24 @@ fn serve(
     let surroundings =
         Surroundings { memory_only: args.memory, lifetime: args.lifetime, foreground: args.foreground, file };
     let memory = config.secret_memory;
-    let (tell, told) = sync_channel(1);
     let work = move |stack| {
         protection.stacks(stack);
         let agent = Agent { surroundings, config, socket, signals, until, service, log, protection };
-        // Whoever started this waits for it.
-        let _ = tell.send(agent.run(ready));
-        // The end of a thread takes system calls that nothing else needs.
-        loop {
-            thread::park();
-        }
+        // A panic outside every request was told by the hook.
+        let ended = catch_unwind(AssertUnwindSafe(|| agent.run(ready))).unwrap_or(Err(StartError::Panicked));
+        // Here and not by the thread's end, which takes system calls that nothing else needs.
+        std::process::exit(match ended {
+            Ok(()) => 0,
+            Err(error) => {
+                error.report();
+                1
+            }
+        })
     };
     spawn_locked("agent", SERVER_STACK_LEN, memory, work)?;
-    // A panic outside every request ends the thread without a word.
-    told.recv().unwrap_or(Err(StartError::Panicked))
+    loop {
+        thread::park();
+    }
 }
 
 /// Takes a part of the sandbox as the configuration wants it: it must be there, or its absence is logged.
@@ -168,7 +177,7 @@ fn within<T>(wanted: Sandbox, part: Result<T, SandboxError>) -> Result<Option<T>
 /// What a configuration that is read again does not change.
 struct Surroundings {
     memory_only: bool,
-    lifetime: Option<std::time::Duration>,
+    lifetime: Option<Duration>,
     foreground: bool,
     file: ConfigFile,
 }
