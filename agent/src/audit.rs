@@ -5,6 +5,15 @@
 
 use kms_envelope::KeyId;
 
+/// Why keys are forgotten without anybody having asked for it on the socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// A session of this user was locked.
+    SessionLocked,
+    /// The machine is about to sleep.
+    Suspend,
+}
+
 /// Something that changed keys or the lock, handed a key out, or tried to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
@@ -69,6 +78,13 @@ pub enum Event {
         /// Who asked.
         uid: u32,
     },
+    /// All keys are gone, since nobody can be asked for a passphrase to lock them under.
+    Forgotten {
+        /// Why.
+        reason: Reason,
+        /// Their number.
+        keys: u64,
+    },
     /// A passphrase was wrong.
     WrongPassphrase {
         /// Who gave it.
@@ -99,6 +115,7 @@ impl Audit for LogAudit {
             Event::Exported { uid, key, version } => tracing::warn!(uid, %key, version, "handed out a key"),
             Event::Locked { uid } => tracing::info!(uid, "locked"),
             Event::Unlocked { uid } => tracing::info!(uid, "unlocked"),
+            Event::Forgotten { reason, keys } => tracing::info!(?reason, keys, "forgot all keys"),
             Event::WrongPassphrase { uid, failures } => tracing::warn!(uid, failures, "wrong passphrase"),
         }
     }

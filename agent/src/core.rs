@@ -32,7 +32,7 @@ use self::{
     uses::{STREAM_KEY_LEN, Use, write_stream_key},
 };
 use crate::{
-    audit::{Audit, Event},
+    audit::{Audit, Event, Reason},
     authorize::{Peer, Permit, Policy, authorize},
     config::Limits,
     crypto::{Derivation, LOCK_SALT_LEN, Random, Salts, apart, random_bytes},
@@ -200,6 +200,16 @@ impl<R: Random, A: Audit> Core<R, A> {
         for id in self.keyring.expire(now.boot) {
             self.streams.end_key(id);
             self.audit.record(&Event::Expired { key: id });
+        }
+    }
+
+    /// Wipes every key and ends every stream, when nobody can be asked for a passphrase to lock them under.
+    pub fn forget(&mut self, reason: Reason) {
+        self.streams.end_all();
+        match self.keyring.forget(&mut self.random) {
+            Ok(keys) => self.audit.record(&Event::Forgotten { reason, keys: keys as u64 }),
+            // The keys are gone all the same.
+            Err(error) => tracing::error!(%error, "the pre-key stays"),
         }
     }
 

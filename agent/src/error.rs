@@ -6,7 +6,11 @@ use kms_secret_memory::RegionError;
 use nix::errno::Errno;
 use thiserror::Error;
 
-use crate::{config::ConfigError, crypto::CryptoError};
+use crate::{
+    config::{ConfigError, LockOn},
+    crypto::CryptoError,
+    monitor::WatchError,
+};
 
 /// What stops the start.
 #[derive(Debug, Error)]
@@ -27,6 +31,12 @@ pub(crate) enum StartError {
     Background(io::Error),
     #[error("cannot watch the command: {0}")]
     Command(io::Error),
+    #[error("cannot start the monitor: {0}")]
+    Monitor(io::Error),
+    #[error("cannot lock on {on}: {source}")]
+    Watch { on: LockOn, source: WatchError },
+    #[error("the monitor has ended: nothing would lock on {on}")]
+    Unwatched { on: LockOn },
 }
 
 /// What is wrong with the place of the socket.
@@ -65,6 +75,9 @@ impl StartError {
             Self::Memory(_) | Self::Crypto(CryptoError::Memory(_)) => {
                 Some("raise RLIMIT_MEMLOCK (ulimit -l), or set secret_memory = \"preferred\" and accept swap")
             }
+            Self::Watch { .. } => Some(
+                "lock_on needs D-Bus and systemd-logind (or elogind); without them take it out of the configuration",
+            ),
             _ => None,
         }
     }

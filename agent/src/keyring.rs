@@ -395,6 +395,20 @@ impl Keyring {
         Ok((0..slots).filter_map(|slot| open.take(slot)).count())
     }
 
+    /// Wipes every key that is in reach, and takes another pre-key; tells how many keys there were. Those of a lock stay sealed
+    /// under its passphrase.
+    pub(crate) fn forget(&mut self, random: &mut impl Random) -> Result<usize, CryptoError> {
+        let State::Open(open) = &mut self.state else { return Ok(0) };
+        let keys = open.len();
+        let slots = u32::try_from(open.records.len()).unwrap_or(u32::MAX);
+        // First, so that they are gone whatever happens then.
+        for slot in 0..slots {
+            open.take(slot);
+        }
+        self.state = State::Open(Box::new(OpenKeys::new(Shield::new(self.memory, random)?)));
+        Ok(keys)
+    }
+
     /// Adds a random version to a key and makes it primary.
     pub(crate) fn rotate(
         &mut self,

@@ -1,6 +1,6 @@
 //! kms-agent: ssh-agent for data keys.
 //!
-//! Owns the order of the start: not dumpable, arguments, configuration, background (the last fork), socket, secret
+//! Owns the order of the start: not dumpable, arguments, configuration, background, monitor (the last fork), socket, secret
 //! memory, runtime, ready. See `docs/architecture.md`. No secret exists before the last fork.
 
 mod args;
@@ -13,6 +13,7 @@ pub mod crypto;
 mod error;
 pub mod keyring;
 mod launch;
+mod monitor;
 pub mod reply;
 mod server;
 mod socket;
@@ -43,6 +44,7 @@ use crate::{
     error::StartError,
     keyring::Keyring,
     launch::{Launched, Ready},
+    monitor::{Monitor, MonitorEvent},
     server::{Server, Wake, now},
     socket::AgentSocket,
 };
@@ -119,6 +121,8 @@ fn serve(
     until: Option<Pid>,
 ) -> Result<(), StartError> {
     protect()?;
+    let mut monitor = Monitor::start()?;
+    monitor.watch_at_start(config.lock_on)?;
     let log = start_log(log_level(args, &config));
     // Opened while the parent is certainly there, since it waits for readiness.
     let until = until.map(sys::pidfd_open).transpose().map_err(StartError::Command)?;
@@ -133,12 +137,13 @@ fn serve(
     let core = Core::new(getuid().as_raw(), keyring, limits, random, LogAudit, now());
     let server = Server::new(core, socket.listener()?, config.secret_memory)?;
     // The server, and with it every connection and every buffer, is wiped before the socket is taken away.
-    run(args, server, &socket, ready, until, &log)
+    run(args, server, monitor, &socket, ready, until, &log)
 }
 
 fn run(
     args: &Args,
     mut server: Server<KernelRandom, LogAudit>,
+    mut monitor: Monitor,
     socket: &AgentSocket,
     ready: Ready,
     until: Option<OwnedFd>,
@@ -154,14 +159,18 @@ fn run(
     if let Some(command) = &until {
         server.wake_by(command, Wake::CommandEnded).map_err(StartError::Runtime)?;
     }
+    if let Some(events) = monitor.descriptor() {
+        server.wake_by(events, Wake::Monitor).map_err(StartError::Runtime)?;
+    }
     tracing::info!(socket = %socket.path().display(), "ready");
     ready.tell()?;
     loop {
         match server.serve().map_err(StartError::Runtime)? {
             Wake::CommandEnded => break,
+            Wake::Monitor => attend_monitor(&mut monitor, &mut server)?,
             Wake::Signal => match signals.read_signal().map_err(runtime)? {
                 Some(signal) if signal.ssi_signo == Signal::SIGHUP as u32 => {
-                    reload_configuration(args, &mut server, log);
+                    reload_configuration(args, &mut server, &mut monitor, log);
                 }
                 Some(_) => break,
                 None => {}
@@ -172,8 +181,34 @@ fn run(
     Ok(())
 }
 
+/// Does what the monitor tells. An error is the end of the agent: what it was to lock on would pass unseen.
+fn attend_monitor(
+    monitor: &mut Monitor,
+    server: &mut Server<KernelRandom, LogAudit>,
+) -> Result<(), StartError> {
+    let gone = |on| StartError::Unwatched { on };
+    while let Some(event) = monitor.event() {
+        match event {
+            MonitorEvent::Lock(reason) => {
+                server.core().forget(reason);
+                monitor.done(reason).map_err(|_| gone(monitor.watched()))?;
+            }
+            MonitorEvent::Watching(on) => tracing::info!(%on, "keys are forgotten on it"),
+            MonitorEvent::Refused(error) => tracing::error!(%error, "what is locked on stays as it was"),
+            MonitorEvent::Ended if monitor.watched().is_empty() => tracing::warn!("the monitor has ended"),
+            MonitorEvent::Ended => return Err(gone(monitor.watched())),
+        }
+    }
+    Ok(())
+}
+
 /// Reads the configuration again; a bad file leaves the old one in force.
-fn reload_configuration(args: &Args, server: &mut Server<KernelRandom, LogAudit>, log: &LogLevel) {
+fn reload_configuration(
+    args: &Args,
+    server: &mut Server<KernelRandom, LogAudit>,
+    monitor: &mut Monitor,
+    log: &LogLevel,
+) {
     match args.config() {
         Ok(config) => {
             let level = log_level(args, &config);
@@ -182,6 +217,12 @@ fn reload_configuration(args: &Args, server: &mut Server<KernelRandom, LogAudit>
             core.set_limits(config::Limits { memory_only, lifetime, ..config.limits });
             if let Err(error) = log.reload(level) {
                 tracing::warn!(%error, "the level of the log stays");
+            }
+            if config.lock_on != monitor.watched() || !config.lock_on.is_empty() {
+                // The answer comes as an event.
+                if let Err(error) = monitor.watch(config.lock_on) {
+                    tracing::error!(%error, "what is locked on stays as it was");
+                }
             }
             tracing::info!("read the configuration again");
         }

@@ -99,6 +99,7 @@ impl Key {
     const WORK: Self = Self(u64::MAX - 2);
     const SIGNAL: Self = Self(u64::MAX - 3);
     const COMMAND: Self = Self(u64::MAX - 4);
+    const MONITOR: Self = Self(u64::MAX - 5);
 
     fn new(place: u32, generation: u32) -> Self {
         Self(u64::from(generation) << 32 | u64::from(place))
@@ -126,6 +127,8 @@ pub(crate) enum Wake {
     Signal,
     /// The command that the agent was started for has ended.
     CommandEnded,
+    /// The monitor has something to tell.
+    Monitor,
 }
 
 /// The result of a [`Derivation`], and whom it is for.
@@ -232,6 +235,7 @@ impl<R: Random, A: Audit> Server<R, A> {
         let key = match wake {
             Wake::Signal => Key::SIGNAL,
             Wake::CommandEnded => Key::COMMAND,
+            Wake::Monitor => Key::MONITOR,
         };
         self.watch(fd, key).map_err(io::Error::from)
     }
@@ -265,6 +269,7 @@ impl<R: Random, A: Audit> Server<R, A> {
                     Key::WORK => self.take_results(),
                     Key::SIGNAL => wake = Some(Wake::Signal),
                     Key::COMMAND => wake = Some(Wake::CommandEnded),
+                    Key::MONITOR => wake = Some(Wake::Monitor),
                     connection => self.attend(connection, event.events()),
                 }
             }

@@ -1,4 +1,4 @@
-//! The calls that the safe crates do not have: `fork`, `pidfd_open`, `SO_PASSRIGHTS`.
+//! The calls that the safe crates do not have: `fork`, `signal`, `pidfd_open`, `SO_PASSRIGHTS`.
 //!
 //! The only module of this crate with `unsafe`.
 #![expect(unsafe_code, reason = "raw system calls without a safe wrapper in nix")]
@@ -8,7 +8,10 @@ use std::{
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
 };
 
-use nix::unistd::{ForkResult, Pid};
+use nix::{
+    sys::signal::{SigHandler, Signal, signal},
+    unistd::{ForkResult, Pid},
+};
 
 /// `SO_PASSRIGHTS` of Linux 6.16, which libc does not name yet.
 const SO_PASSRIGHTS: libc::c_int = 83;
@@ -17,6 +20,15 @@ const SO_PASSRIGHTS: libc::c_int = 83;
 pub(crate) fn fork() -> io::Result<ForkResult> {
     // SAFETY: the caller runs before any thread is started; the child may do whatever the parent may.
     unsafe { nix::unistd::fork() }.map_err(io::Error::from)
+}
+
+/// Ignores these signals.
+pub(crate) fn ignore_signals(signals: &[Signal]) -> io::Result<()> {
+    for ignored in signals {
+        // SAFETY: no handler is set, so no code of ours ever runs in one.
+        unsafe { signal(*ignored, SigHandler::SigIgn) }?;
+    }
+    Ok(())
 }
 
 /// Closes every descriptor above stderr but `kept`. To be called while this process has opened nothing else.

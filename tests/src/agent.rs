@@ -336,6 +336,18 @@ impl Agent {
         wait_for(&mut self.child);
     }
 
+    /// Waits until it ends by itself.
+    ///
+    /// # Panics
+    /// When it does not.
+    #[must_use]
+    pub fn wait(mut self) -> Ended {
+        self.over = true;
+        let status = wait_for(&mut self.child);
+        self.stdout.read_to_string(&mut self.said).unwrap();
+        Ended { status, stdout: std::mem::take(&mut self.said), log: self.log() }
+    }
+
     /// Ends it with SIGTERM.
     ///
     /// # Panics

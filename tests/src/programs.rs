@@ -37,6 +37,7 @@ fn target_folder() -> PathBuf {
 
 /// The tools of other packages that tests call, with the Debian package that has them.
 const TOOLS: &[(&str, &str)] = &[
+    ("dbus-daemon", "dbus-daemon"),
     ("env", "coreutils"),
     ("gdb", "gdb"),
     ("install", "coreutils"),
