@@ -10,6 +10,7 @@ use crate::{
     config::{ConfigError, LockOn},
     crypto::CryptoError,
     monitor::WatchError,
+    sandbox::SandboxError,
 };
 
 /// What stops the start.
@@ -25,8 +26,16 @@ pub(crate) enum StartError {
     Memory(#[from] RegionError),
     #[error("cannot shield keys: {0}")]
     Crypto(#[from] CryptoError),
+    #[error("the sandbox is required: {0}")]
+    Sandbox(#[from] SandboxError),
+    #[error("cannot find out about the user namespace: {0}")]
+    Namespace(io::Error),
+    #[error("cannot reach the service manager at NOTIFY_SOCKET: {0}")]
+    Service(io::Error),
     #[error("cannot start the runtime: {0}")]
     Runtime(io::Error),
+    #[error("the agent ended by a fault of its own")]
+    Panicked,
     #[error("cannot go to the background: {0}")]
     Background(io::Error),
     #[error("cannot watch the command: {0}")]
@@ -75,6 +84,7 @@ impl StartError {
             Self::Memory(_) | Self::Crypto(CryptoError::Memory(_)) => {
                 Some("raise RLIMIT_MEMLOCK (ulimit -l), or set secret_memory = \"preferred\" and accept swap")
             }
+            Self::Sandbox(_) => Some("sandbox = \"preferred\" in the configuration starts without"),
             Self::Watch { .. } => Some(
                 "lock_on needs D-Bus and systemd-logind (or elogind); without them take it out of the configuration",
             ),

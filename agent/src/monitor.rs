@@ -51,7 +51,23 @@ enum Report {
     Watching(LockOn),
     /// What was asked for is not; what was watched before still is.
     Refused(WatchError),
-    Lock(Reason),
+    Lock(Cause),
+}
+
+/// Why the keys are to go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Cause {
+    SessionLocked,
+    Sleep,
+}
+
+impl From<Cause> for Reason {
+    fn from(cause: Cause) -> Self {
+        match cause {
+            Cause::SessionLocked => Self::SessionLocked,
+            Cause::Sleep => Self::Suspend,
+        }
+    }
 }
 
 /// Why something is not watched.
@@ -113,8 +129,8 @@ impl Report {
             Self::Refused(WatchError::NoLogind) => [2, 2],
             Self::Refused(WatchError::NoInhibitor) => [2, 3],
             Self::Refused(WatchError::Gone) => [2, 4],
-            Self::Lock(Reason::SessionLocked) => [3, 1],
-            Self::Lock(Reason::Suspend) => [3, 2],
+            Self::Lock(Cause::SessionLocked) => [3, 1],
+            Self::Lock(Cause::Sleep) => [3, 2],
         }
     }
 
@@ -125,8 +141,8 @@ impl Report {
             [2, 2] => Some(Self::Refused(WatchError::NoLogind)),
             [2, 3] => Some(Self::Refused(WatchError::NoInhibitor)),
             [2, 4] => Some(Self::Refused(WatchError::Gone)),
-            [3, 1] => Some(Self::Lock(Reason::SessionLocked)),
-            [3, 2] => Some(Self::Lock(Reason::Suspend)),
+            [3, 1] => Some(Self::Lock(Cause::SessionLocked)),
+            [3, 2] => Some(Self::Lock(Cause::Sleep)),
             _ => None,
         }
     }
@@ -156,6 +172,8 @@ fn wait_readable(socket: impl AsFd, timeout: PollTimeout) -> Result<bool, Errno>
 pub(crate) struct Monitor {
     /// Nothing once it is gone.
     socket: Option<OwnedFd>,
+    /// What it was asked for last, and what it says that it does.
+    asked: LockOn,
     watched: LockOn,
 }
 
@@ -166,7 +184,9 @@ impl Monitor {
         let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)
             .map_err(|errno| StartError::Monitor(errno.into()))?;
         match sys::fork().map_err(StartError::Monitor)? {
-            ForkResult::Parent { .. } => Ok(Self { socket: Some(ours), watched: LockOn::default() }),
+            ForkResult::Parent { .. } => {
+                Ok(Self { socket: Some(ours), asked: LockOn::default(), watched: LockOn::default() })
+            }
             ForkResult::Child => {
                 drop(ours);
                 // What the parent has on its stack is the parent's: no panic may unwind into it.
@@ -195,17 +215,18 @@ impl Monitor {
         }
     }
 
-    /// Asks for something else to be watched; the answer is an event.
+    /// Asks for this to be watched, unless it is; the answer is an event.
     pub(crate) fn watch(&mut self, on: LockOn) -> Result<(), WatchError> {
+        if self.asked == on && self.watched == on {
+            return Ok(());
+        }
+        self.asked = on;
         self.send(Order::Watch(on))
     }
 
-    /// Tells that the keys are gone, for this reason.
+    /// Tells that the keys are gone. Sleep waits for it, and nothing else does.
     pub(crate) fn done(&mut self, reason: Reason) -> Result<(), WatchError> {
-        match reason {
-            Reason::SessionLocked => Ok(()),
-            Reason::Suspend => self.send(Order::Done),
-        }
+        if reason == Reason::Suspend { self.send(Order::Done) } else { Ok(()) }
     }
 
     fn send(&mut self, order: Order) -> Result<(), WatchError> {
@@ -227,7 +248,7 @@ impl Monitor {
                 Some(MonitorEvent::Watching(on))
             }
             Ok(Some(Report::Refused(error))) => Some(MonitorEvent::Refused(error)),
-            Ok(Some(Report::Lock(reason))) => Some(MonitorEvent::Lock(reason)),
+            Ok(Some(Report::Lock(cause))) => Some(MonitorEvent::Lock(cause.into())),
             Err(Errno::EAGAIN | Errno::EINTR) => None,
             // What cannot be understood may have been the word to lock.
             Ok(None) | Err(_) => {
@@ -292,7 +313,29 @@ mod tests {
     fn pair() -> (Monitor, OwnedFd) {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
-        (Monitor { socket: Some(ours), watched: LockOn { session: true, sleep: true } }, theirs)
+        let on = LockOn { session: true, sleep: true };
+        (Monitor { socket: Some(ours), asked: on, watched: on }, theirs)
+    }
+
+    #[test]
+    fn the_latest_wish_is_told_whatever_was_answered_so_far() {
+        let (mut monitor, theirs) = pair();
+        let order = |theirs: &OwnedFd| receive(theirs, Order::from_bytes);
+        let [both, session] = [LockOn { session: true, sleep: true }, LockOn { session: true, sleep: false }];
+        monitor.watch(both).unwrap();
+        assert_eq!(order(&theirs), Err(Errno::EAGAIN), "it is so");
+        // The first is not answered yet.
+        monitor.watch(session).unwrap();
+        monitor.watch(both).unwrap();
+        assert_eq!(order(&theirs), Ok(Some(Order::Watch(session))));
+        assert_eq!(order(&theirs), Ok(Some(Order::Watch(both))));
+        // What was refused is tried again.
+        monitor.watch(session).unwrap();
+        report(&theirs, Report::Refused(WatchError::NoLogind)).unwrap();
+        assert_eq!(monitor.event(), Some(MonitorEvent::Refused(WatchError::NoLogind)));
+        assert_eq!(order(&theirs), Ok(Some(Order::Watch(session))));
+        monitor.watch(session).unwrap();
+        assert_eq!(order(&theirs), Ok(Some(Order::Watch(session))));
     }
 
     #[test]
@@ -328,7 +371,7 @@ mod tests {
     #[test]
     fn what_was_said_before_the_end_is_still_heard() {
         let (mut monitor, theirs) = pair();
-        report(&theirs, Report::Lock(Reason::Suspend)).unwrap();
+        report(&theirs, Report::Lock(Cause::Sleep)).unwrap();
         report(&theirs, Report::Watching(LockOn { session: false, sleep: true })).unwrap();
         drop(theirs);
         assert_eq!(monitor.event(), Some(MonitorEvent::Lock(Reason::Suspend)));

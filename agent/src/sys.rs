@@ -1,11 +1,15 @@
-//! The calls that the safe crates do not have: `fork`, `signal`, `pidfd_open`, `SO_PASSRIGHTS`.
+//! The calls that the safe crates do not have: `fork`, `signal`, `pidfd_open`, `SO_PASSRIGHTS`, `mallopt`.
 //!
 //! The only module of this crate with `unsafe`.
 #![expect(unsafe_code, reason = "raw system calls without a safe wrapper in nix")]
 
 use std::{
+    fs::File,
     io,
-    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    os::{
+        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
 };
 
 use nix::{
@@ -14,7 +18,7 @@ use nix::{
 };
 
 /// `SO_PASSRIGHTS` of Linux 6.16, which libc does not name yet.
-const SO_PASSRIGHTS: libc::c_int = 83;
+pub(crate) const SO_PASSRIGHTS: libc::c_int = 83;
 
 /// Forks. To be called while there is one thread, so that the child is a whole process.
 pub(crate) fn fork() -> io::Result<ForkResult> {
@@ -31,11 +35,13 @@ pub(crate) fn ignore_signals(signals: &[Signal]) -> io::Result<()> {
     Ok(())
 }
 
-/// Closes every descriptor above stderr but `kept`. To be called while this process has opened nothing else.
+/// Closes every descriptor above stderr but `kept`. To be called while this process has opened nothing else, or in a child that
+/// never returns to what it was forked from.
 pub(crate) fn close_inherited(kept: Option<BorrowedFd<'_>>) -> io::Result<()> {
     const FIRST: libc::c_uint = 3;
     let close = |from: libc::c_uint, to: libc::c_uint| {
-        // SAFETY: three integers; nothing here owns a descriptor in the range, since `kept` alone was opened so far.
+        // SAFETY: three integers; nothing that still runs owns a descriptor in the range: `kept` alone was opened so
+        // far, or whatever owns the others is never used again, nor dropped.
         if from > to || unsafe { libc::close_range(from, to, 0) } == 0 {
             Ok(())
         } else {
@@ -72,4 +78,28 @@ pub(crate) fn refuse_descriptors(socket: BorrowedFd<'_>) {
     unsafe {
         libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, SO_PASSRIGHTS, (&raw const off).cast(), LEN);
     }
+}
+
+/// Has every thread allocate from the one heap: a heap of its own would take memory for each, and system calls that are not in
+/// the list.
+pub(crate) fn share_heap() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: two integers; called while there is one thread.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}
+
+/// The uid that owns the user namespace of this process, where that is not the first one of the machine.
+pub(crate) fn owner_of_user_namespace() -> io::Result<Option<libc::uid_t>> {
+    /// The inode of the first user namespace, `PROC_USER_INIT_INO`.
+    const FIRST: u64 = 0xEFFF_FFFD;
+    let namespace = File::open("/proc/self/ns/user")?;
+    if namespace.metadata()?.ino() == FIRST {
+        return Ok(None);
+    }
+    let mut owner: libc::uid_t = 0;
+    // SAFETY: the descriptor is open, and the pointer is to a live uid, which the call writes.
+    let status = unsafe { libc::ioctl(namespace.as_raw_fd(), libc::NS_GET_OWNER_UID, &raw mut owner) };
+    if status == 0 { Ok(Some(owner)) } else { Err(io::Error::last_os_error()) }
 }

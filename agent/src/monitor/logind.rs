@@ -29,8 +29,8 @@ use zbus::{
     Variant, connection, fdo, match_rule, message::Type, names::OwnedUniqueName,
 };
 
-use super::{Order, Report, WatchError, receive, report};
-use crate::{audit::Reason, config::LockOn};
+use super::{Cause, Order, Report, WatchError, receive, report};
+use crate::config::LockOn;
 
 const LOGIND: &str = "org.freedesktop.login1";
 const LOGIND_PATH: &str = "/org/freedesktop/login1";
@@ -202,11 +202,11 @@ impl Watch {
     async fn heard(&mut self, message: &Message, orders: &UnixStream) -> io::Result<()> {
         let Ok(logind) = &mut self.logind else { return Ok(()) };
         match logind.meaning(message, self.on).await {
-            Meaning::SessionLocked => report(orders, Report::Lock(Reason::SessionLocked)),
+            Meaning::SessionLocked => report(orders, Report::Lock(Cause::SessionLocked)),
             Meaning::Sleep => {
                 self.asleep = true;
                 self.unanswered = self.unanswered.saturating_add(1);
-                report(orders, Report::Lock(Reason::Suspend))
+                report(orders, Report::Lock(Cause::Sleep))
             }
             Meaning::Awake => {
                 self.asleep = false;
