@@ -3,7 +3,7 @@
 use std::{
     fs,
     io::{BufRead, BufReader, Read},
-    os::unix::fs::MetadataExt,
+    os::{fd::AsFd, unix::fs::MetadataExt},
     process::{Command, Stdio},
     time::Duration,
 };
@@ -16,7 +16,10 @@ use kms_tests::{
     },
     programs::{needs_root, program, tool},
 };
-use nix::sys::signal::Signal;
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::signal::Signal,
+};
 
 use crate::{
     bus::{Bus, Logind},
@@ -214,9 +217,14 @@ fn what_the_caller_has_open_does_not_stay_open_with_the_monitor() {
     let pid = line.split_once("KMS_AGENT_PID=").unwrap().1.split_once(';').unwrap().0.parse().unwrap();
     let monitor = monitor(pid);
     // Both come to their end, though agent and monitor live.
-    stdout.read_to_string(&mut line).unwrap();
+    let mut stderr = child.stderr.take().unwrap();
+    for pipe in [stdout.get_ref().as_fd(), stderr.as_fd()] {
+        let ended =
+            poll(&mut [PollFd::new(pipe, PollFlags::empty())], PollTimeout::try_from(PATIENCE).unwrap());
+        assert_eq!(ended, Ok(1), "somebody holds it open");
+    }
     let mut errors = String::new();
-    child.stderr.take().unwrap().read_to_string(&mut errors).unwrap();
+    stderr.read_to_string(&mut errors).unwrap();
     assert_eq!(errors, "");
     assert!(wait_for(&mut child).success());
     assert!(!ends_within(monitor, Duration::ZERO));
