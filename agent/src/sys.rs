@@ -1,5 +1,5 @@
-//! The calls that the safe crates do not have: `fork`, pidfds, inherited descriptors, `SO_PASSRIGHTS`, `mallopt`, the owner of a
-//! namespace.
+//! The calls that the safe crates do not have: `fork`, `signal`, pidfds, inherited descriptors, `SO_PASSRIGHTS`, `mallopt`, the
+//! owner of a namespace.
 //!
 //! The only module of this crate with `unsafe`.
 #![expect(unsafe_code, reason = "raw system calls without a safe wrapper in nix")]
@@ -13,7 +13,10 @@ use std::{
     },
 };
 
-use nix::unistd::{ForkResult, Pid};
+use nix::{
+    sys::signal::{SigHandler, Signal, signal},
+    unistd::{ForkResult, Pid},
+};
 
 /// `SO_PASSRIGHTS` of Linux 6.16, which libc does not name yet.
 pub(crate) const SO_PASSRIGHTS: libc::c_int = 83;
@@ -24,11 +27,22 @@ pub(crate) fn fork() -> io::Result<ForkResult> {
     unsafe { nix::unistd::fork() }.map_err(io::Error::from)
 }
 
-/// Closes every descriptor above stderr but `kept`. To be called while this process has opened nothing else.
+/// Ignores these signals.
+pub(crate) fn ignore_signals(signals: &[Signal]) -> io::Result<()> {
+    for ignored in signals {
+        // SAFETY: no handler is set, so no code of ours ever runs in one.
+        unsafe { signal(*ignored, SigHandler::SigIgn) }?;
+    }
+    Ok(())
+}
+
+/// Closes every descriptor above stderr but `kept`. To be called while this process has opened nothing else, or in a child that
+/// never returns to what it was forked from.
 pub(crate) fn close_inherited(kept: Option<BorrowedFd<'_>>) -> io::Result<()> {
     const FIRST: libc::c_uint = 3;
     let close = |from: libc::c_uint, to: libc::c_uint| {
-        // SAFETY: three integers; nothing here owns a descriptor in the range, since `kept` alone was opened so far.
+        // SAFETY: three integers; nothing that still runs owns a descriptor in the range: `kept` alone was opened so
+        // far, or whatever owns the others is never used again, nor dropped.
         if from > to || unsafe { libc::close_range(from, to, 0) } == 0 {
             Ok(())
         } else {

@@ -77,6 +77,24 @@ pub fn status_number(pid: i32, name: &str) -> u64 {
     line.split_whitespace().next().unwrap().parse().unwrap()
 }
 
+/// The children of a process, by the name that the kernel shows of each.
+///
+/// # Panics
+/// Without `/proc`.
+#[must_use]
+pub fn children(pid: i32, name: &str) -> Vec<i32> {
+    let parent = format!("PPid:\t{pid}");
+    let name = format!("Name:\t{name}");
+    let pids =
+        fs::read_dir("/proc").unwrap().filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok());
+    pids.filter(|pid: &i32| {
+        // It may have ended meanwhile.
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        status.lines().any(|line| line == name) && status.lines().any(|line| line == parent)
+    })
+    .collect()
+}
+
 /// Number of open descriptors.
 ///
 /// # Panics

@@ -38,10 +38,10 @@ fn target_folder() -> PathBuf {
 /// The tools of other packages that tests call, with the Debian package that has them.
 const TOOLS: &[(&str, &str)] = &[
     ("dd", "coreutils"),
+    ("dbus-daemon", "dbus-daemon"),
     ("env", "coreutils"),
     ("gcore", "gdb"),
     ("csh", "csh"),
-    ("env", "coreutils"),
     ("fish", "fish"),
     ("gdb", "gdb"),
     ("install", "coreutils"),
