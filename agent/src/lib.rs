@@ -120,7 +120,7 @@ fn protect() -> Result<(), StartError> {
     setrlimit(Resource::RLIMIT_NOFILE, descriptors, descriptors).map_err(failed("RLIMIT_NOFILE"))?;
     umask(Mode::from_bits_truncate(0o077));
     sys::share_heap();
-    Ok(())
+    sys::default_faults().map_err(StartError::Runtime)
 }
 
 /// Does in this order what needs more rights than the agent keeps, and leaves the rest to a thread whose stack is locked.

@@ -29,9 +29,19 @@ pub(crate) fn fork() -> io::Result<ForkResult> {
 
 /// Ignores these signals.
 pub(crate) fn ignore_signals(signals: &[Signal]) -> io::Result<()> {
-    for ignored in signals {
-        // SAFETY: no handler is set, so no code of ours ever runs in one.
-        unsafe { signal(*ignored, SigHandler::SigIgn) }?;
+    dispose(signals, SigHandler::SigIgn)
+}
+
+/// Has a fault of memory end the process by its signal, as without a handler: that of the standard library, which names an
+/// overflow of the stack, takes calls that are not in the list.
+pub(crate) fn default_faults() -> io::Result<()> {
+    dispose(&[Signal::SIGSEGV, Signal::SIGBUS], SigHandler::SigDfl)
+}
+
+fn dispose(signals: &[Signal], to: SigHandler) -> io::Result<()> {
+    for disposed in signals {
+        // SAFETY: the callers ignore or take the default, so no code of ours ever runs in a handler.
+        unsafe { signal(*disposed, to) }?;
     }
     Ok(())
 }

@@ -58,7 +58,7 @@ fn no_signal_and_no_setting_makes_a_core_of_the_agent() {
                 machine.set_cores(&pattern, suid_dumpable);
                 keyed.use_keys();
                 end_by(pid, signal);
-                let status = keyed.agent.ended();
+                let status = keyed.agent.wait().status;
                 // The control: the same signal makes a core of a process without protection, and its secret is there.
                 end_by(victim.pid, signal);
                 let control = wait_for(&mut victim.child);
