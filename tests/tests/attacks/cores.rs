@@ -45,7 +45,7 @@ fn no_signal_and_no_setting_makes_a_core_of_the_agent() {
                 let what = format!("{signal}, {setting}, suid_dumpable {suid_dumpable}");
                 let folder = fresh_folder(0o777);
                 let cores = folder.path();
-                let mut keyed = Keyed::start(Agent::builder().uid(ALICE).with_cores());
+                let keyed = Keyed::start(Agent::builder().uid(ALICE).with_cores());
                 let mut victim = Victim::start(ALICE, 1);
                 let pid = keyed.agent.pid;
                 for pid in [pid, victim.pid] {
