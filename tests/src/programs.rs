@@ -37,15 +37,25 @@ fn target_folder() -> PathBuf {
 
 /// The tools of other packages that tests call, with the Debian package that has them.
 const TOOLS: &[(&str, &str)] = &[
+    ("dd", "coreutils"),
     ("env", "coreutils"),
+    ("gcore", "gdb"),
+    ("csh", "csh"),
+    ("env", "coreutils"),
+    ("fish", "fish"),
     ("gdb", "gdb"),
     ("install", "coreutils"),
+    ("mkswap", "util-linux"),
     ("mount", "mount"),
     ("prlimit", "util-linux"),
     ("setpriv", "util-linux"),
     ("setsid", "util-linux"),
     ("sh", "dash"),
     ("strace", "strace"),
+    ("swapoff", "mount"),
+    ("swapon", "mount"),
+    ("systemd-socket-activate", "systemd"),
+    ("unshare", "util-linux"),
 ];
 
 /// A command that runs a tool of the machine.
