@@ -4,6 +4,7 @@
 //! with locked stacks, secret memory, seccomp, ready. See `docs/architecture.md`. No secret exists before the last fork, and no
 //! request is read before the sandbox is closed.
 
+mod activation;
 mod args;
 pub mod audit;
 pub mod authorize;
@@ -12,27 +13,36 @@ pub mod constraints;
 pub mod core;
 pub mod crypto;
 mod error;
+mod folder;
 pub mod keyring;
 mod launch;
 mod log;
+mod manual;
 mod process;
+mod pump;
 pub mod reply;
+mod running;
 mod sandbox;
 mod server;
 mod service;
+mod shell;
 mod socket;
 mod sys;
 
 use std::{
     convert::Infallible,
-    os::fd::OwnedFd,
+    io::{self, stdin, stdout},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream,
+    },
     panic::{AssertUnwindSafe, catch_unwind},
     process::ExitCode,
     thread,
     time::Duration,
 };
 
-use kms_secret_memory::spawn_locked;
+use kms_secret_memory::{Policy, spawn_locked};
 use nix::{
     errno::Errno,
     sys::{
@@ -40,9 +50,10 @@ use nix::{
         resource::{Resource, getrlimit, setrlimit},
         signal::{SigSet, Signal},
         signalfd::{SfdFlags, SignalFd},
+        socket::{setsockopt, sockopt},
         stat::{Mode, umask},
     },
-    unistd::{Pid, getuid},
+    unistd::{Pid, pipe},
 };
 
 use crate::{
@@ -85,10 +96,13 @@ pub fn main() -> ExitCode {
 }
 
 fn start(args: &Args) -> Result<ExitCode, StartError> {
+    if args.end {
+        return launch::end(args);
+    }
     let file = args.config_file();
     let config = file.read()?;
-    let place = socket::Place::choose(args.socket.as_deref(), !args.command.is_empty())?;
-    match launch::launch(args, &place)? {
+    let place = if args.stdio { None } else { Some(socket::Place::choose(args)?) };
+    match launch::launch(args, place.as_ref())? {
         Launched::Parent(exit) => Ok(exit),
         Launched::Agent { ready, until } => match serve(args, file, config, place, ready, until)? {},
     }
@@ -107,33 +121,30 @@ fn protect() -> Result<(), StartError> {
     Ok(())
 }
 
-/// The uid that is served. Never the one that stands for every user whom this namespace does not know: the kernel would show them all
-/// as ourselves.
-fn own_uid() -> Result<u32, StartError> {
-    const OVERFLOW_UID: u32 = 65534;
-    let set = std::fs::read_to_string("/proc/sys/kernel/overflowuid").ok();
-    let overflow = set.and_then(|text| text.trim().parse().ok()).unwrap_or(OVERFLOW_UID);
-    let uid = getuid().as_raw();
-    if uid == overflow { Err(StartError::OverflowUid(uid)) } else { Ok(uid) }
-}
-
 /// Does in this order what needs more rights than the agent keeps, and leaves the rest to a thread whose stack is locked.
 fn serve(
     args: &Args,
     file: ConfigFile,
     config: Config,
-    place: socket::Place,
+    place: Option<socket::Place>,
     ready: Ready,
     until: Option<Pid>,
 ) -> Result<Infallible, StartError> {
     protect()?;
-    let uid = own_uid()?;
-    let log = Log::start(level(args.foreground, &config));
+    let uid = process::own_uid()?;
+    let log = Log::start(level(args.is_read_along(), &config));
     // Opened while the parent is certainly there, since it waits for readiness.
     let until = until.map(sys::pidfd_open).transpose().map_err(StartError::Command)?;
     let service =
         if args.foreground { Service::of_environment().map_err(StartError::Service)? } else { None };
-    let socket = AgentSocket::bind(place)?;
+    let socket = place.map(AgentSocket::bind).transpose()?;
+    let (stdio, peer, until) = match socket {
+        Some(_) => (None, None, until),
+        None => {
+            let (stdio, peer, over) = Stdio::new().map_err(StartError::Stdio)?;
+            (Some(stdio), Some(peer), Some(over))
+        }
+    };
     // Before there is another thread: a signal is for the loop, and Landlock is inherited.
     let runtime = |errno: Errno| StartError::Runtime(errno.into());
     let wanted: SigSet =
@@ -146,21 +157,21 @@ fn serve(
         .folder()
         .map(|folder| Allowed::to_read(folder.to_owned()))
         .into_iter()
-        .chain(socket.to_remove())
+        .chain(socket.iter().flat_map(AgentSocket::to_remove))
         .collect();
     protection.landlock(within(config.sandbox, sandbox::restrict_files(&allowed))?);
 
     let surroundings = Surroundings {
-        uid,
         memory_only: args.memory,
         lifetime: args.lifetime,
-        foreground: args.foreground,
+        is_read_along: args.is_read_along(),
         file,
     };
     let memory = config.secret_memory;
     let work = move |stack| {
         protection.stacks(stack);
-        let agent = Agent { surroundings, config, socket, signals, until, service, log, protection };
+        let agent =
+            Agent { uid, surroundings, config, socket, peer, signals, until, service, log, protection };
         // A panic outside every request was told by the hook.
         let ended = catch_unwind(AssertUnwindSafe(|| agent.run(ready))).unwrap_or(Err(StartError::Panicked));
         // Here and not by the thread's end, which takes system calls that nothing else needs.
@@ -173,8 +184,37 @@ fn serve(
         })
     };
     spawn_locked("agent", SERVER_STACK_LEN, memory, work)?;
+    if let Some(stdio) = stdio {
+        stdio.serve(memory);
+    }
     loop {
         thread::park();
+    }
+}
+
+/// Standard input and output, with what the server takes for a connection of theirs.
+struct Stdio {
+    peer: UnixStream,
+    over: OwnedFd,
+}
+
+impl Stdio {
+    /// With the server's end of the connection, and what can be read when it is over.
+    fn new() -> io::Result<(Self, UnixStream, OwnedFd)> {
+        let (peer, served) = UnixStream::pair()?;
+        // Before anything is sent there, as on a listener.
+        setsockopt(&served, sockopt::PassCred, &true)?;
+        let (until, over) = pipe()?;
+        Ok((Self { peer, over }, served, until))
+    }
+
+    /// Serves until either side is gone.
+    fn serve(self, memory: Policy) {
+        let Self { peer, over } = self;
+        if let Err(error) = pump::pump(stdin().as_fd(), stdout().as_fd(), &peer, memory) {
+            error.report();
+        }
+        drop(over);
     }
 }
 
@@ -192,10 +232,9 @@ fn within<T>(wanted: Sandbox, part: Result<T, SandboxError>) -> Result<Option<T>
 
 /// What a configuration that is read again does not change.
 struct Surroundings {
-    uid: u32,
     memory_only: bool,
     lifetime: Option<Duration>,
-    foreground: bool,
+    is_read_along: bool,
     file: ConfigFile,
 }
 
@@ -207,9 +246,12 @@ impl Surroundings {
 
 /// All that the thread which serves is given.
 struct Agent {
+    uid: u32,
     surroundings: Surroundings,
     config: Config,
-    socket: AgentSocket,
+    socket: Option<AgentSocket>,
+    /// Who is on stdin and stdout, where there is no socket.
+    peer: Option<UnixStream>,
     signals: SignalFd,
     until: Option<OwnedFd>,
     service: Option<Service>,
@@ -227,8 +269,12 @@ impl Agent {
             tracing::info!(%backing, "keys are shielded");
         }
         let limits = self.surroundings.limits(&self.config);
-        let core = Core::new(self.surroundings.uid, keyring, limits, random, LogAudit, now());
-        let mut server = Server::new(core, self.socket.listener()?, memory)?;
+        let core = Core::new(self.uid, keyring, limits, random, LogAudit, now());
+        let listener = self.socket.as_ref().map(AgentSocket::listener).transpose()?;
+        let mut server = Server::new(core, listener, memory)?;
+        if let Some(peer) = self.peer.take() {
+            server.admit(peer);
+        }
         server.wake_by(&self.signals, Source::Signals).map_err(StartError::Runtime)?;
         if let Some(command) = &self.until {
             server.wake_by(command, Source::Command).map_err(StartError::Runtime)?;
@@ -236,11 +282,14 @@ impl Agent {
         if let Some(beat) = self.service.as_ref().and_then(Service::beat) {
             server.beat_every(beat);
         }
-        let filtered = within(self.config.sandbox, sandbox::restrict_calls(false))?;
+        let filtered = within(self.config.sandbox, sandbox::restrict_calls(self.socket.is_none()))?;
         self.protection.seccomp(filtered.is_some());
         server.core().show(self.protection.facts());
 
-        tracing::info!(socket = %self.socket.path().display(), "ready");
+        match &self.socket {
+            Some(socket) => tracing::info!(socket = %socket.path().display(), "ready"),
+            None => tracing::info!("ready for the peer on stdin and stdout"),
+        }
         ready.tell()?;
         if let Some(service) = &mut self.service {
             service.ready(&server.core().summary());
@@ -283,7 +332,7 @@ impl Agent {
         match self.surroundings.file.read() {
             Ok(config) => {
                 server.core().set_limits(self.surroundings.limits(&config));
-                self.log.set_level(level(self.surroundings.foreground, &config));
+                self.log.set_level(level(self.surroundings.is_read_along, &config));
                 tracing::info!("read the configuration again");
             }
             Err(error) => tracing::error!(%error, "the old configuration stays in force"),

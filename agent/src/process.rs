@@ -101,6 +101,13 @@ impl Traceable {
     }
 }
 
+/// The uid that is served. Never the one that stands for every user whom this namespace does not know: the kernel would show them
+/// all as ourselves.
+pub(crate) fn own_uid() -> Result<u32, StartError> {
+    let uid = getuid().as_raw();
+    if uid == overflow_id("overflowuid")? { Err(StartError::OverflowUid(uid)) } else { Ok(uid) }
+}
+
 /// What a uid or gid looks like that a user namespace does not know.
 fn overflow_id(name: &str) -> Result<u32, StartError> {
     let text = std::fs::read_to_string(format!("/proc/sys/kernel/{name}")).map_err(StartError::Namespace)?;

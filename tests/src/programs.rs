@@ -40,6 +40,9 @@ const TOOLS: &[(&str, &str)] = &[
     ("dd", "coreutils"),
     ("env", "coreutils"),
     ("gcore", "gdb"),
+    ("csh", "csh"),
+    ("env", "coreutils"),
+    ("fish", "fish"),
     ("gdb", "gdb"),
     ("install", "coreutils"),
     ("mkswap", "util-linux"),
@@ -51,6 +54,7 @@ const TOOLS: &[(&str, &str)] = &[
     ("strace", "strace"),
     ("swapoff", "mount"),
     ("swapon", "mount"),
+    ("systemd-socket-activate", "systemd"),
     ("unshare", "util-linux"),
 ];
 

@@ -163,6 +163,11 @@ fn a_kernel_without_secretmem_gets_mlock_and_the_status_says_so() {
             let mut wire = agent.connect();
             assert_eq!(wire.fact("secret-memory"), "mlock");
             wire.generate("a").unwrap();
+            // An unlock takes a new region, within the sandbox.
+            assert_eq!(wire.lock(b"passphrase"), Ok(true));
+            assert_eq!(wire.unlock(b"passphrase"), Ok(true));
+            assert_eq!(wire.fact("secret-memory"), "mlock");
+            wire.encrypt("a", NO_CONTEXT, b"x").unwrap();
         });
     }
     let ended = Agent::builder()
