@@ -174,8 +174,7 @@ fn serve(
             Agent { uid, surroundings, config, socket, peer, signals, until, service, log, protection };
         // A panic outside every request was told by the hook.
         let ended = catch_unwind(AssertUnwindSafe(|| agent.run(ready))).unwrap_or(Err(StartError::Panicked));
-        // Here and not by the thread's end, which takes system calls that nothing else needs.
-        std::process::exit(match ended {
+        sys::exit(match ended {
             Ok(()) => 0,
             Err(error) => {
                 error.report();

@@ -143,7 +143,6 @@ fn filter(relays: bool) -> Result<BpfProgram, SandboxError> {
         // The end.
         libc::SYS_unlink,
         libc::SYS_rmdir,
-        libc::SYS_sigaltstack,
         libc::SYS_exit_group,
         // Not a call: what the kernel sees when a tracer has taken one away.
         i64::from(u32::MAX),

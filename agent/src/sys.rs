@@ -56,6 +56,13 @@ pub(crate) fn pidfd_open(pid: Pid) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Ends the process, and with it every thread, by the one system call that this takes: what the standard library does at the end
+/// takes others.
+pub(crate) fn exit(status: i32) -> ! {
+    // SAFETY: an integer; nothing of this process is used afterwards.
+    unsafe { libc::_exit(status) }
+}
+
 /// Sends SIGTERM to the process of a pidfd.
 pub(crate) fn terminate(process: &OwnedFd) -> io::Result<()> {
     let no_more = std::ptr::null::<libc::siginfo_t>();
