@@ -15,6 +15,7 @@ pub mod process;
 pub mod programs;
 pub mod shield;
 pub mod sys;
+pub mod systemd;
 pub mod wire;
 
 pub use agent::{Agent, AgentBuilder, Ended, fresh_folder};

@@ -37,15 +37,22 @@ fn target_folder() -> PathBuf {
 
 /// The tools of other packages that tests call, with the Debian package that has them.
 const TOOLS: &[(&str, &str)] = &[
+    ("awk", "mawk"),
     ("env", "coreutils"),
     ("gdb", "gdb"),
     ("install", "coreutils"),
+    ("loginctl", "systemd"),
     ("mount", "mount"),
+    ("nsenter", "util-linux"),
     ("prlimit", "util-linux"),
     ("setpriv", "util-linux"),
     ("setsid", "util-linux"),
     ("sh", "dash"),
     ("strace", "strace"),
+    ("systemctl", "systemd"),
+    ("systemd-analyze", "systemd"),
+    ("systemd-nspawn", "systemd-container"),
+    ("unshare", "util-linux"),
 ];
 
 /// A command that runs a tool of the machine.
