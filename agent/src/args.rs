@@ -5,10 +5,7 @@ use std::{ffi::OsString, path::PathBuf, process::ExitCode, time::Duration};
 use clap::{Parser, error::ErrorKind};
 use etcetera::BaseStrategy;
 
-use crate::{
-    config::{Config, ConfigError},
-    error::report,
-};
+use crate::{config::ConfigFile, error::report};
 
 /// Bad usage, as in sysexits(3).
 const USAGE: u8 = 64;
@@ -57,15 +54,16 @@ impl Args {
         })
     }
 
-    /// The configuration that they name, or the one of this user.
-    pub(crate) fn config(&self) -> Result<Config, ConfigError> {
+    /// The configuration file that they name, or the one of this user.
+    pub(crate) fn config_file(&self) -> ConfigFile {
         match &self.config {
-            Some(path) => Config::read(path, false),
-            None => match etcetera::base_strategy::Xdg::new() {
-                Ok(folders) => Config::read(&folders.config_dir().join("kms-agent/config.toml"), true),
-                // No home folder: nothing is configured.
-                Err(_) => Ok(Config::default()),
-            },
+            Some(path) => ConfigFile { path: std::path::absolute(path).ok(), named: true },
+            None => {
+                // Without a home folder nothing is configured.
+                let folders = etcetera::base_strategy::Xdg::new().ok();
+                let path = folders.map(|folders| folders.config_dir().join("kms-agent/config.toml"));
+                ConfigFile { path, named: false }
+            }
         }
     }
 }

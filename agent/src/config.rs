@@ -4,7 +4,8 @@
 //! unknown key, a wrong type or a value out of bounds is an error that names the place; nothing is guessed.
 
 use std::{
-    fs, io,
+    fs::File,
+    io::{self, Read},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -18,8 +19,11 @@ use tracing::level_filters::LevelFilter;
 /// The shortest `limits.frame`: a message of 64 KiB with its context and a head fits.
 const FRAME_MIN: usize = 128 * 1024;
 
+/// The longest configuration, in bytes.
+const LEN_MAX: u64 = 64 * 1024;
+
 /// The keys that a configuration may have.
-const KEYS: &[&str] = &["secret_memory", "log", "limits"];
+const KEYS: &[&str] = &["secret_memory", "sandbox", "idle_lock", "log", "limits"];
 const LIMIT_KEYS: &[&str] = &["frame", "connections_per_uid", "connections", "keys"];
 
 /// Counts and sizes that the agent does not go beyond.
@@ -37,6 +41,17 @@ pub struct Limits {
     pub memory_only: bool,
     /// The lifetime of keys that are added without one: what the agent was started with.
     pub lifetime: Option<Duration>,
+    /// Keys are forgotten after so long without use.
+    pub idle_lock: Option<Duration>,
+}
+
+/// What happens where the kernel lacks a part of the sandbox.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sandbox {
+    /// The agent does not start without seccomp, nor without Landlock of any level.
+    Required,
+    /// It starts with what there is.
+    Preferred,
 }
 
 impl Default for Limits {
@@ -48,6 +63,7 @@ impl Default for Limits {
             keys: 1_000_000,
             memory_only: false,
             lifetime: None,
+            idle_lock: None,
         }
     }
 }
@@ -57,6 +73,8 @@ impl Default for Limits {
 pub struct Config {
     /// What memory keys are shielded by.
     pub secret_memory: Policy,
+    /// What the agent does without a sandbox.
+    pub sandbox: Sandbox,
     /// How much is logged; where nothing is said, it is up to who starts the agent.
     pub log: Option<LevelFilter>,
     /// Counts and sizes.
@@ -65,7 +83,30 @@ pub struct Config {
 
 impl Default for Config {
     fn default() -> Self {
-        Self { secret_memory: Policy::Auto, log: None, limits: Limits::default() }
+        Self { secret_memory: Policy::Auto, sandbox: Sandbox::Required, log: None, limits: Limits::default() }
+    }
+}
+
+/// Where the configuration is. Found once: later the agent cannot look for it.
+#[derive(Debug)]
+pub(crate) struct ConfigFile {
+    pub(crate) path: Option<PathBuf>,
+    /// It was named, so that it must be there.
+    pub(crate) named: bool,
+}
+
+impl ConfigFile {
+    /// Reads it.
+    pub(crate) fn read(&self) -> Result<Config, ConfigError> {
+        match &self.path {
+            Some(path) => Config::read(path, !self.named),
+            None => Ok(Config::default()),
+        }
+    }
+
+    /// The folder that it is in.
+    pub(crate) fn folder(&self) -> Option<&Path> {
+        self.path.as_deref().and_then(Path::parent)
     }
 }
 
@@ -114,6 +155,8 @@ pub enum ConfigError {
 #[serde(default)]
 struct RawConfig {
     secret_memory: Option<String>,
+    sandbox: Option<String>,
+    idle_lock: Option<String>,
     log: Option<String>,
     limits: RawLimits,
 }
@@ -133,7 +176,7 @@ impl Config {
     /// # Errors
     /// [`ConfigError`]; nothing of a bad file is used.
     pub fn read(path: &Path, may_be_absent: bool) -> Result<Self, ConfigError> {
-        match fs::read_to_string(path) {
+        match read_text(path) {
             Ok(text) => Self::parse(&text, path),
             Err(error) if may_be_absent && error.kind() == io::ErrorKind::NotFound => Ok(Self::default()),
             Err(source) => Err(ConfigError::Read { path: path.to_owned(), source }),
@@ -162,6 +205,18 @@ impl Config {
                 "preferred" => Policy::Preferred,
                 _ => return Err(value("secret_memory", "\"auto\", \"secretmem\", \"mlock\", \"preferred\"")),
             };
+        }
+        if let Some(text) = raw.sandbox {
+            config.sandbox = match text.as_str() {
+                "required" => Sandbox::Required,
+                "preferred" => Sandbox::Preferred,
+                _ => return Err(value("sandbox", "\"required\", \"preferred\"")),
+            };
+        }
+        if let Some(text) = raw.idle_lock {
+            let parsed = kms_protocol::parse_lifetime(&text);
+            let time = parsed.map_err(|_| value("idle_lock", "a time such as \"90\", \"15m\", \"8h\""))?;
+            config.limits.idle_lock = Some(time);
         }
         if let Some(text) = raw.log {
             let allowed = "\"off\", \"error\", \"warn\", \"info\", \"debug\", \"trace\"";
@@ -203,6 +258,17 @@ impl Config {
     }
 }
 
+/// A file of text that is not longer than a configuration may be; without asking for its length, which a file that grows makes
+/// untrue and the sandbox denies.
+fn read_text(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    File::open(path)?.take(LEN_MAX + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > LEN_MAX {
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, "it is longer than 64 KiB"));
+    }
+    Ok(text)
+}
+
 fn refuse_unknown<'a>(
     keys: impl Iterator<Item = &'a String>,
     known: &[&str],
@@ -234,12 +300,19 @@ mod tests {
     #[test]
     fn every_key_is_read() {
         let config = parse(
-            "secret_memory = 'mlock'\nlog = 'trace'\n[limits]\nframe = 131072\nconnections = 3\nconnections_per_uid = 2\nkeys = 4",
+            "secret_memory = 'mlock'\nsandbox = 'preferred'\nidle_lock = '15m'\nlog = 'trace'\n[limits]\nframe = 131072\nconnections = 3\nconnections_per_uid = 2\nkeys = 4",
         )
         .unwrap();
         assert_eq!((config.secret_memory, config.log), (Policy::Mlock, Some(LevelFilter::TRACE)));
-        let expected =
-            Limits { frame: 131_072, connections: 3, connections_per_uid: 2, keys: 4, ..Limits::default() };
+        assert_eq!(config.sandbox, Sandbox::Preferred);
+        let expected = Limits {
+            frame: 131_072,
+            connections: 3,
+            connections_per_uid: 2,
+            keys: 4,
+            idle_lock: Some(Duration::from_secs(900)),
+            ..Limits::default()
+        };
         assert_eq!(config.limits, expected);
     }
 
@@ -249,6 +322,9 @@ mod tests {
             ("secret_memry = 'auto'", "unknown key secret_memry; did you mean secret_memory?"),
             ("[limits]\nframes = 1", "unknown key limits.frames; did you mean limits.frame?"),
             ("secret_memory = 'swap'", "sets secret_memory to what it cannot be"),
+            ("sandbox = 'none'", "sets sandbox to what it cannot be"),
+            ("idle_lock = 'soon'", "sets idle_lock to what it cannot be"),
+            ("idle_lock = '0'", "sets idle_lock to what it cannot be"),
             ("log = 'loud'", "sets log to what it cannot be"),
             ("[limits]\nframe = 1048577", "sets limits.frame"),
             ("[limits]\nkeys = 0", "sets limits.keys"),

@@ -6,7 +6,7 @@ use kms_secret_memory::RegionError;
 use nix::errno::Errno;
 use thiserror::Error;
 
-use crate::{config::ConfigError, crypto::CryptoError};
+use crate::{config::ConfigError, crypto::CryptoError, sandbox::SandboxError};
 
 /// What stops the start.
 #[derive(Debug, Error)]
@@ -21,8 +21,16 @@ pub(crate) enum StartError {
     Memory(#[from] RegionError),
     #[error("cannot shield keys: {0}")]
     Crypto(#[from] CryptoError),
+    #[error("the sandbox is required: {0}")]
+    Sandbox(#[from] SandboxError),
+    #[error("cannot find out about the user namespace: {0}")]
+    Namespace(io::Error),
+    #[error("cannot reach the service manager at NOTIFY_SOCKET: {0}")]
+    Service(io::Error),
     #[error("cannot start the runtime: {0}")]
     Runtime(io::Error),
+    #[error("the agent ended by a fault of its own")]
+    Panicked,
     #[error("cannot go to the background: {0}")]
     Background(io::Error),
     #[error("cannot watch the command: {0}")]
@@ -65,6 +73,7 @@ impl StartError {
             Self::Memory(_) | Self::Crypto(CryptoError::Memory(_)) => {
                 Some("raise RLIMIT_MEMLOCK (ulimit -l), or set secret_memory = \"preferred\" and accept swap")
             }
+            Self::Sandbox(_) => Some("sandbox = \"preferred\" in the configuration starts without"),
             _ => None,
         }
     }

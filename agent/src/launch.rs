@@ -47,7 +47,14 @@ pub(crate) enum Ready {
     /// Nobody but the reader of stdout.
     Print(String),
     /// The process that was called.
-    Tell(File),
+    Tell {
+        /// The pipe that it reads.
+        waiting: File,
+        /// What takes the place of the terminal.
+        null: File,
+        /// What it is told: the pid of the agent.
+        pid: Pid,
+    },
 }
 
 impl Ready {
@@ -55,9 +62,9 @@ impl Ready {
     pub(crate) fn tell(self) -> Result<(), StartError> {
         match self {
             Self::Print(text) => print(&text).map_err(StartError::Background),
-            Self::Tell(mut waiting) => {
-                waiting.write_all(&getpid().as_raw().to_le_bytes()).map_err(StartError::Background)?;
-                leave_terminal().map_err(StartError::Background)
+            Self::Tell { mut waiting, null, pid } => {
+                waiting.write_all(&pid.as_raw().to_le_bytes()).map_err(StartError::Background)?;
+                leave_terminal(&null).map_err(StartError::Background)
             }
         }
     }
@@ -83,7 +90,10 @@ pub(crate) fn launch(args: &Args, place: &Place) -> Result<Launched, StartError>
                     sys::close_inherited(Some(tells.as_fd())).map_err(StartError::Background)?;
                     chdir("/").map_err(|error| StartError::Background(error.into()))?;
                     let until = (!args.command.is_empty()).then_some(caller);
-                    Ok(Launched::Agent { ready: Ready::Tell(File::from(tells)), until })
+                    let null = OpenOptions::new().read(true).write(true).open("/dev/null");
+                    let null = null.map_err(StartError::Background)?;
+                    let ready = Ready::Tell { waiting: File::from(tells), null, pid: getpid() };
+                    Ok(Launched::Agent { ready, until })
                 }
             }
         }
@@ -134,10 +144,9 @@ fn print(text: &str) -> io::Result<()> {
 }
 
 /// Nothing of the terminal that the agent was started on stays with it.
-fn leave_terminal() -> io::Result<()> {
-    let null = OpenOptions::new().read(true).write(true).open("/dev/null")?;
-    dup2_stdin(&null)?;
-    dup2_stdout(&null)?;
-    dup2_stderr(&null)?;
+fn leave_terminal(null: &File) -> io::Result<()> {
+    dup2_stdin(null)?;
+    dup2_stdout(null)?;
+    dup2_stderr(null)?;
     Ok(())
 }

@@ -1,7 +1,8 @@
 //! kms-agent: ssh-agent for data keys.
 //!
-//! Owns the order of the start: not dumpable, arguments, configuration, background (the last fork), socket, secret
-//! memory, runtime, ready. See `docs/architecture.md`. No secret exists before the last fork.
+//! Owns the order of the start: not dumpable, arguments, configuration, background (the last fork), socket, Landlock, threads
+//! with locked stacks, secret memory, seccomp, ready. See `docs/architecture.md`. No secret exists before the last fork, and no
+//! request is read before the sandbox is closed.
 
 mod args;
 pub mod audit;
@@ -13,13 +14,18 @@ pub mod crypto;
 mod error;
 pub mod keyring;
 mod launch;
+mod log;
+mod process;
 pub mod reply;
+mod sandbox;
 mod server;
+mod service;
 mod socket;
 mod sys;
 
-use std::{os::fd::OwnedFd, process::ExitCode};
+use std::{os::fd::OwnedFd, process::ExitCode, sync::mpsc::sync_channel, thread};
 
+use kms_secret_memory::spawn_locked;
 use nix::{
     errno::Errno,
     sys::{
@@ -31,24 +37,26 @@ use nix::{
     },
     unistd::{Pid, getuid},
 };
-use tracing::level_filters::LevelFilter;
-use tracing_subscriber::{layer::SubscriberExt, reload, util::SubscriberInitExt};
 
 use crate::{
     args::Args,
-    audit::LogAudit,
-    config::Config,
+    audit::{LogAudit, Reason},
+    config::{Config, ConfigFile, Sandbox},
     core::Core,
     crypto::KernelRandom,
     error::StartError,
     keyring::Keyring,
     launch::{Launched, Ready},
-    server::{Server, Wake, now},
+    log::{Log, level},
+    process::Protection,
+    sandbox::{Allowed, SandboxError},
+    server::{Server, Source, Wake, now},
+    service::Service,
     socket::AgentSocket,
 };
 
-/// How the level of the log is changed while the agent runs.
-type LogLevel = reload::Handle<LevelFilter, tracing_subscriber::Registry>;
+/// Requests are handled on a stack of so many bytes, all of them locked.
+const SERVER_STACK_LEN: usize = 256 * 1024;
 
 /// The whole program.
 #[must_use]
@@ -70,13 +78,13 @@ pub fn main() -> ExitCode {
 }
 
 fn start(args: &Args) -> Result<ExitCode, StartError> {
-    let config = args.config()?;
+    let file = args.config_file();
+    let config = file.read()?;
     let place = socket::Place::choose(args.socket.as_deref(), !args.command.is_empty())?;
     match launch::launch(args, &place)? {
         Launched::Parent(exit) => Ok(exit),
         Launched::Agent { ready, until } => {
-            let served = serve(args, config, place, ready, until);
-            served.map(|()| ExitCode::SUCCESS)
+            serve(args, file, config, place, ready, until).map(|()| ExitCode::SUCCESS)
         }
     }
 }
@@ -90,101 +98,169 @@ fn protect() -> Result<(), StartError> {
     let (_, descriptors) = getrlimit(Resource::RLIMIT_NOFILE).map_err(failed("RLIMIT_NOFILE"))?;
     setrlimit(Resource::RLIMIT_NOFILE, descriptors, descriptors).map_err(failed("RLIMIT_NOFILE"))?;
     umask(Mode::from_bits_truncate(0o077));
+    sys::share_heap();
     Ok(())
 }
 
-/// In the foreground a person or a service manager reads along; elsewhere only what needs somebody is said.
-fn log_level(args: &Args, config: &Config) -> LevelFilter {
-    config.log.unwrap_or(if args.foreground { LevelFilter::INFO } else { LevelFilter::WARN })
-}
-
-fn start_log(level: LevelFilter) -> LogLevel {
-    let (filter, handle) = reload::Layer::new(level);
-    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false);
-    // Only a second subscriber could make this fail, and there is none.
-    let _ = tracing_subscriber::registry().with(filter).with(lines).try_init();
-    // The text of a panic may hold what a peer sent; its place does not.
-    std::panic::set_hook(Box::new(|panic| {
-        let place = panic.location().map(|location| (location.file(), location.line()));
-        tracing::error!(?place, "a request panicked; its connection is closed");
-    }));
-    handle
-}
-
+/// Does in this order what needs more rights than the agent keeps, and leaves the rest to a thread whose stack is locked.
 fn serve(
     args: &Args,
+    file: ConfigFile,
     config: Config,
     place: socket::Place,
     ready: Ready,
     until: Option<Pid>,
 ) -> Result<(), StartError> {
     protect()?;
-    let log = start_log(log_level(args, &config));
+    let log = Log::start(level(args.foreground, &config));
     // Opened while the parent is certainly there, since it waits for readiness.
     let until = until.map(sys::pidfd_open).transpose().map_err(StartError::Command)?;
+    let service =
+        if args.foreground { Service::of_environment().map_err(StartError::Service)? } else { None };
     let socket = AgentSocket::bind(place)?;
-    let mut random = KernelRandom;
-    let keyring = Keyring::new(config.secret_memory, &mut random)?;
-    if let Some(backing) = keyring.backing() {
-        tracing::info!(%backing, "keys are shielded");
-    }
-    let mut limits = config.limits;
-    (limits.memory_only, limits.lifetime) = (args.memory, args.lifetime);
-    let core = Core::new(getuid().as_raw(), keyring, limits, random, LogAudit, now());
-    let server = Server::new(core, socket.listener()?, config.secret_memory)?;
-    // The server, and with it every connection and every buffer, is wiped before the socket is taken away.
-    run(args, server, &socket, ready, until, &log)
-}
-
-fn run(
-    args: &Args,
-    mut server: Server<KernelRandom, LogAudit>,
-    socket: &AgentSocket,
-    ready: Ready,
-    until: Option<OwnedFd>,
-    log: &LogLevel,
-) -> Result<(), StartError> {
+    // Before there is another thread: a signal is for the loop, and Landlock is inherited.
     let runtime = |errno: Errno| StartError::Runtime(errno.into());
-    // Before any other thread is started, so that none takes a signal.
-    let wanted: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect();
+    let wanted: SigSet =
+        [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGUSR1].into_iter().collect();
     wanted.thread_block().map_err(runtime)?;
     let signals =
         SignalFd::with_flags(&wanted, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).map_err(runtime)?;
-    server.wake_by(&signals, Wake::Signal).map_err(StartError::Runtime)?;
-    if let Some(command) = &until {
-        server.wake_by(command, Wake::CommandEnded).map_err(StartError::Runtime)?;
-    }
-    tracing::info!(socket = %socket.path().display(), "ready");
-    ready.tell()?;
-    loop {
-        match server.serve().map_err(StartError::Runtime)? {
-            Wake::CommandEnded => break,
-            Wake::Signal => match signals.read_signal().map_err(runtime)? {
-                Some(signal) if signal.ssi_signo == Signal::SIGHUP as u32 => {
-                    reload_configuration(args, &mut server, log);
-                }
-                Some(_) => break,
-                None => {}
-            },
+    let mut protection = Protection::read()?;
+    let allowed: Vec<Allowed> = file
+        .folder()
+        .map(|folder| Allowed::to_read(folder.to_owned()))
+        .into_iter()
+        .chain(socket.to_remove())
+        .collect();
+    protection.landlock(within(config.sandbox, sandbox::restrict_files(&allowed))?);
+
+    let surroundings =
+        Surroundings { memory_only: args.memory, lifetime: args.lifetime, foreground: args.foreground, file };
+    let memory = config.secret_memory;
+    let (tell, told) = sync_channel(1);
+    let work = move |stack| {
+        protection.stacks(stack);
+        let agent = Agent { surroundings, config, socket, signals, until, service, log, protection };
+        // Whoever started this waits for it.
+        let _ = tell.send(agent.run(ready));
+        // The end of a thread takes system calls that nothing else needs.
+        loop {
+            thread::park();
         }
-    }
-    tracing::info!("ending");
-    Ok(())
+    };
+    spawn_locked("agent", SERVER_STACK_LEN, memory, work)?;
+    // A panic outside every request ends the thread without a word.
+    told.recv().unwrap_or(Err(StartError::Panicked))
 }
 
-/// Reads the configuration again; a bad file leaves the old one in force.
-fn reload_configuration(args: &Args, server: &mut Server<KernelRandom, LogAudit>, log: &LogLevel) {
-    match args.config() {
-        Ok(config) => {
-            let level = log_level(args, &config);
-            let core = server.core();
-            let (memory_only, lifetime) = (core.limits().memory_only, core.limits().lifetime);
-            core.set_limits(config::Limits { memory_only, lifetime, ..config.limits });
-            if let Err(error) = log.reload(level) {
-                tracing::warn!(%error, "the level of the log stays");
-            }
-            tracing::info!("read the configuration again");
+/// Takes a part of the sandbox as the configuration wants it: it must be there, or its absence is logged.
+fn within<T>(wanted: Sandbox, part: Result<T, SandboxError>) -> Result<Option<T>, StartError> {
+    match part {
+        Ok(part) => Ok(Some(part)),
+        Err(error) if wanted == Sandbox::Preferred => {
+            tracing::warn!(%error, "a part of the sandbox is missing");
+            Ok(None)
         }
-        Err(error) => tracing::error!(%error, "the old configuration stays in force"),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// What a configuration that is read again does not change.
+struct Surroundings {
+    memory_only: bool,
+    lifetime: Option<std::time::Duration>,
+    foreground: bool,
+    file: ConfigFile,
+}
+
+impl Surroundings {
+    fn limits(&self, config: &Config) -> config::Limits {
+        config::Limits { memory_only: self.memory_only, lifetime: self.lifetime, ..config.limits.clone() }
+    }
+}
+
+/// All that the thread which serves is given.
+struct Agent {
+    surroundings: Surroundings,
+    config: Config,
+    socket: AgentSocket,
+    signals: SignalFd,
+    until: Option<OwnedFd>,
+    service: Option<Service>,
+    log: Log,
+    protection: Protection,
+}
+
+impl Agent {
+    /// Takes secret memory, closes the sandbox and serves until the end.
+    fn run(mut self, ready: Ready) -> Result<(), StartError> {
+        let memory = self.config.secret_memory;
+        let mut random = KernelRandom;
+        let keyring = Keyring::new(memory, &mut random)?;
+        if let Some(backing) = keyring.backing() {
+            tracing::info!(%backing, "keys are shielded");
+        }
+        let limits = self.surroundings.limits(&self.config);
+        let core = Core::new(getuid().as_raw(), keyring, limits, random, LogAudit, now());
+        let mut server = Server::new(core, self.socket.listener()?, memory)?;
+        server.wake_by(&self.signals, Source::Signals).map_err(StartError::Runtime)?;
+        if let Some(command) = &self.until {
+            server.wake_by(command, Source::Command).map_err(StartError::Runtime)?;
+        }
+        if let Some(beat) = self.service.as_ref().and_then(Service::beat) {
+            server.beat_every(beat);
+        }
+        let filtered = within(self.config.sandbox, sandbox::restrict_calls(false))?;
+        self.protection.seccomp(filtered.is_some());
+        server.core().show(self.protection.facts());
+
+        tracing::info!(socket = %self.socket.path().display(), "ready");
+        ready.tell()?;
+        if let Some(service) = &mut self.service {
+            service.ready(&server.core().summary());
+        }
+        self.serve(&mut server)?;
+        tracing::info!("ending");
+        if let Some(service) = &self.service {
+            service.stopping();
+        }
+        // The server, and with it every connection and every buffer, is wiped before the socket is taken away.
+        Ok(())
+    }
+
+    fn serve(&mut self, server: &mut Server<KernelRandom, LogAudit>) -> Result<(), StartError> {
+        loop {
+            match server.serve().map_err(StartError::Runtime)? {
+                Wake::Readable(Source::Command) => return Ok(()),
+                Wake::Readable(Source::Signals) => {
+                    let signal =
+                        self.signals.read_signal().map_err(|errno| StartError::Runtime(errno.into()))?;
+                    match signal.and_then(|signal| Signal::try_from(signal.ssi_signo.cast_signed()).ok()) {
+                        Some(Signal::SIGHUP) => self.reload(server),
+                        Some(Signal::SIGUSR1) => {
+                            server.core().forget(Reason::Signal, now());
+                        }
+                        Some(_) => return Ok(()),
+                        None => {}
+                    }
+                }
+                Wake::Beat => self.service.iter().for_each(Service::alive),
+            }
+            if let Some(service) = &mut self.service {
+                service.status(&server.core().summary());
+            }
+        }
+    }
+
+    /// Reads the configuration again; a bad file leaves the old one in force.
+    fn reload(&mut self, server: &mut Server<KernelRandom, LogAudit>) {
+        match self.surroundings.file.read() {
+            Ok(config) => {
+                server.core().set_limits(self.surroundings.limits(&config));
+                self.log.set_level(level(self.surroundings.foreground, &config));
+                tracing::info!("read the configuration again");
+            }
+            Err(error) => tracing::error!(%error, "the old configuration stays in force"),
+        }
     }
 }

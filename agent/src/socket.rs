@@ -18,7 +18,6 @@ use std::{
 
 use etcetera::BaseStrategy;
 use nix::{
-    fcntl::{Flock, FlockArg},
     sys::{
         socket::{
             AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, setsockopt, socket, sockopt,
@@ -28,7 +27,10 @@ use nix::{
     unistd::getuid,
 };
 
-use crate::error::{SocketProblem, StartError};
+use crate::{
+    error::{SocketProblem, StartError},
+    sandbox::Allowed,
+};
 
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 1024;
@@ -120,7 +122,7 @@ pub(crate) struct AgentSocket {
     lock_path: PathBuf,
     listener: std::os::unix::net::UnixListener,
     /// Held as long as the socket is: who cannot get it is not the one to take a stale socket away.
-    _lock: Flock<File>,
+    _lock: File,
 }
 
 impl AgentSocket {
@@ -136,9 +138,7 @@ impl AgentSocket {
     }
 
     #[allow(clippy::type_complexity)]
-    fn try_bind(
-        place: &Place,
-    ) -> Result<(PathBuf, Flock<File>, std::os::unix::net::UnixListener), SocketProblem> {
+    fn try_bind(place: &Place) -> Result<(PathBuf, File, std::os::unix::net::UnixListener), SocketProblem> {
         let path = place.path.as_path();
         let address = UnixAddr::new(path).map_err(|_| SocketProblem::TooLong)?;
         let mut lock_name = path.as_os_str().to_owned();
@@ -179,6 +179,17 @@ impl AgentSocket {
         &self.place.path
     }
 
+    /// What taking it away needs.
+    pub(crate) fn to_remove(&self) -> Vec<Allowed> {
+        let Some(folder) = self.place.path.parent() else { return Vec::new() };
+        let parent = folder.parent().filter(|_| self.place.fresh_folder);
+        let files = Allowed::to_remove_files(folder.to_owned());
+        [files]
+            .into_iter()
+            .chain(parent.map(|parent| Allowed::to_remove_folders(parent.to_owned())))
+            .collect()
+    }
+
     /// The listener, which does not block.
     pub(crate) fn listener(&self) -> Result<std::os::unix::net::UnixListener, StartError> {
         self.listener.try_clone().map_err(StartError::Runtime)
@@ -195,7 +206,7 @@ impl Drop for AgentSocket {
 }
 
 /// Locks the file, and makes sure that it is still the one with that name.
-fn take_lock(path: &Path) -> Result<Flock<File>, SocketProblem> {
+fn take_lock(path: &Path) -> Result<File, SocketProblem> {
     loop {
         let file = OpenOptions::new()
             .read(true)
@@ -205,9 +216,9 @@ fn take_lock(path: &Path) -> Result<Flock<File>, SocketProblem> {
             .mode(0o600)
             .custom_flags(libc::O_NOFOLLOW)
             .open(path)?;
-        let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|_| SocketProblem::Served)?;
+        file.try_lock().map_err(|_| SocketProblem::Served)?;
         match fs::symlink_metadata(path) {
-            Ok(named) if named.ino() == lock.metadata()?.ino() => return Ok(lock),
+            Ok(named) if named.ino() == file.metadata()?.ino() => return Ok(file),
             // The agent that held it before took it away between the two calls.
             _ => {}
         }

@@ -1,17 +1,21 @@
-//! The calls that the safe crates do not have: `fork`, `pidfd_open`, `SO_PASSRIGHTS`.
+//! The calls that the safe crates do not have: `fork`, `pidfd_open`, `SO_PASSRIGHTS`, `mallopt`.
 //!
 //! The only module of this crate with `unsafe`.
 #![expect(unsafe_code, reason = "raw system calls without a safe wrapper in nix")]
 
 use std::{
+    fs::File,
     io,
-    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    os::{
+        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
 };
 
 use nix::unistd::{ForkResult, Pid};
 
 /// `SO_PASSRIGHTS` of Linux 6.16, which libc does not name yet.
-const SO_PASSRIGHTS: libc::c_int = 83;
+pub(crate) const SO_PASSRIGHTS: libc::c_int = 83;
 
 /// Forks. To be called while there is one thread, so that the child is a whole process.
 pub(crate) fn fork() -> io::Result<ForkResult> {
@@ -60,4 +64,28 @@ pub(crate) fn refuse_descriptors(socket: BorrowedFd<'_>) {
     unsafe {
         libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, SO_PASSRIGHTS, (&raw const off).cast(), LEN);
     }
+}
+
+/// Has every thread allocate from the one heap: a heap of its own would take memory for each, and system calls that are not in
+/// the list.
+pub(crate) fn share_heap() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: two integers; called while there is one thread.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}
+
+/// The uid that owns the user namespace of this process, where that is not the first one of the machine.
+pub(crate) fn owner_of_user_namespace() -> io::Result<Option<libc::uid_t>> {
+    /// The inode of the first user namespace, `PROC_USER_INIT_INO`.
+    const FIRST: u64 = 0xEFFF_FFFD;
+    let namespace = File::open("/proc/self/ns/user")?;
+    if namespace.metadata()?.ino() == FIRST {
+        return Ok(None);
+    }
+    let mut owner: libc::uid_t = 0;
+    // SAFETY: the descriptor is open, and the pointer is to a live uid, which the call writes.
+    let status = unsafe { libc::ioctl(namespace.as_raw_fd(), libc::NS_GET_OWNER_UID, &raw mut owner) };
+    if status == 0 { Ok(Some(owner)) } else { Err(io::Error::last_os_error()) }
 }

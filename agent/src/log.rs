@@ -1,0 +1,91 @@
+//! The log: lines on stderr, with the words of the journal where that is what reads them.
+//!
+//! Owns the level and the shape of a line. What is in it, secrets and words of peers never, is up to who writes it.
+
+use std::{env, fmt, fs::File, os::fd::AsFd, os::unix::fs::MetadataExt};
+
+use tracing::{Event, Level, Subscriber, level_filters::LevelFilter};
+use tracing_subscriber::{
+    Registry,
+    fmt::{
+        FmtContext, FormatEvent, FormatFields,
+        format::{Format, Full, Writer},
+    },
+    layer::SubscriberExt,
+    registry::LookupSpan,
+    reload,
+    util::SubscriberInitExt,
+};
+
+use crate::config::Config;
+
+/// In the foreground a person or a service manager reads along; elsewhere only what needs somebody is said.
+pub(crate) fn level(foreground: bool, config: &Config) -> LevelFilter {
+    config.log.unwrap_or(if foreground { LevelFilter::INFO } else { LevelFilter::WARN })
+}
+
+/// The log of this process.
+pub(crate) struct Log(reload::Handle<LevelFilter, Registry>);
+
+impl Log {
+    pub(crate) fn start(level: LevelFilter) -> Self {
+        let (filter, handle) = reload::Layer::new(level);
+        let lines = tracing_subscriber::fmt::layer()
+            .with_writer(std::io::stderr)
+            .with_ansi(false)
+            .event_format(Lines { plain: Format::default(), journal: is_journal() });
+        // Only a second subscriber could make this fail, and there is none.
+        let _ = tracing_subscriber::registry().with(filter).with(lines).try_init();
+        // The text of a panic may hold what a peer sent; its place does not.
+        std::panic::set_hook(Box::new(|panic| {
+            let place = panic.location().map(|location| (location.file(), location.line()));
+            tracing::error!(?place, "a request panicked; its connection is closed");
+        }));
+        Self(handle)
+    }
+
+    pub(crate) fn set_level(&self, level: LevelFilter) {
+        if let Err(error) = self.0.reload(level) {
+            tracing::warn!(%error, "the level of the log stays");
+        }
+    }
+}
+
+/// Whether the journal reads stderr, systemd.exec(5), `JOURNAL_STREAM`.
+fn is_journal() -> bool {
+    let stderr = std::io::stderr().as_fd().try_clone_to_owned().and_then(|fd| File::from(fd).metadata());
+    let Ok(stderr) = stderr else { return false };
+    env::var("JOURNAL_STREAM").is_ok_and(|stream| stream == format!("{}:{}", stderr.dev(), stderr.ino()))
+}
+
+/// Lines as they are usual; or for the journal, which has the time itself and takes the level from a prefix, sd-daemon(3).
+struct Lines {
+    plain: Format<Full>,
+    journal: bool,
+}
+
+impl<S, N> FormatEvent<S, N> for Lines
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        if !self.journal {
+            return self.plain.format_event(context, writer, event);
+        }
+        let priority = match *event.metadata().level() {
+            Level::ERROR => 3,
+            Level::WARN => 4,
+            Level::INFO => 6,
+            Level::DEBUG | Level::TRACE => 7,
+        };
+        write!(writer, "<{priority}>")?;
+        let format = self.plain.clone().without_time().with_level(false).with_target(false);
+        format.format_event(context, writer, event)
+    }
+}

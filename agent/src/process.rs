@@ -1,0 +1,106 @@
+//! What protects the process, as it really is.
+//!
+//! Owns the facts of `status` about it (`docs/protocol.md`, section 5.3). Each was read back from the kernel once it was settled; none
+//! can be undone by the process itself afterwards.
+
+use std::os::unix::fs::MetadataExt;
+
+use kms_protocol::Fact;
+use kms_secret_memory::Backing;
+use nix::{
+    errno::Errno,
+    sys::{
+        prctl,
+        resource::{Resource, getrlimit},
+    },
+    unistd::{AccessFlags, access, getpid, getuid},
+};
+
+use crate::{error::StartError, sandbox, sys};
+
+/// What was settled at the start.
+pub(crate) struct Protection {
+    facts: Vec<Fact>,
+}
+
+impl Protection {
+    /// What the kernel says of this process, before its threads are started.
+    pub(crate) fn read() -> Result<Self, StartError> {
+        let failed = |what| move |source: Errno| StartError::Protect { what, source };
+        let soft = |resource, what| getrlimit(resource).map(|(soft, _)| number(soft)).map_err(failed(what));
+        let traceable = Traceable::read()?;
+        if let Traceable::ByOwnUid = traceable {
+            tracing::warn!("the agent can be traced {traceable}");
+        }
+        let yes = |yes: bool| if yes { "yes" } else { "no" }.to_owned();
+        let mut protection = Self { facts: Vec::new() };
+        protection.add("pid", getpid().to_string());
+        protection.add("dumpable", yes(prctl::get_dumpable().map_err(failed("PR_GET_DUMPABLE"))?));
+        protection.add("traceable", traceable.to_string());
+        let privileges = prctl::get_no_new_privs().map_err(failed("PR_GET_NO_NEW_PRIVS"))?;
+        protection.add("no-new-privileges", yes(privileges));
+        protection.add("core-limit", soft(Resource::RLIMIT_CORE, "RLIMIT_CORE")?);
+        protection.add("descriptor-limit", soft(Resource::RLIMIT_NOFILE, "RLIMIT_NOFILE")?);
+        protection.add("memory-lock-limit", soft(Resource::RLIMIT_MEMLOCK, "RLIMIT_MEMLOCK")?);
+        Ok(protection)
+    }
+
+    /// The level of Landlock, where it is in force.
+    pub(crate) fn landlock(&mut self, level: Option<i32>) {
+        let told = match level.map(|level| (level, sandbox::lacks(level))) {
+            None => "none".to_owned(),
+            Some((level, lacking)) if lacking.is_empty() => format!("level {level}"),
+            Some((level, lacking)) => format!("level {level}, without {}", lacking.join(", ")),
+        };
+        self.add("landlock", told);
+    }
+
+    /// Whether system calls are filtered.
+    pub(crate) fn seccomp(&mut self, filtered: bool) {
+        self.add("seccomp", if filtered { "filter" } else { "none" }.to_owned());
+    }
+
+    /// What the stacks of the threads for requests and passphrases lie in.
+    pub(crate) fn stacks(&mut self, backing: Backing) {
+        self.add("stacks", backing.to_string());
+    }
+
+    /// What `status` shows.
+    pub(crate) fn facts(&self) -> Vec<Fact> {
+        self.facts.clone()
+    }
+
+    fn add(&mut self, name: &str, value: String) {
+        self.facts.push(Fact { name: name.to_owned(), value });
+    }
+}
+
+fn number(value: u64) -> String {
+    if value == u64::MAX { "unlimited".to_owned() } else { value.to_string() }
+}
+
+/// Whether another process of the agent's uid can trace it although it is not dumpable.
+enum Traceable {
+    No,
+    ByOwnUid,
+}
+
+impl Traceable {
+    /// Whoever made a user namespace may trace what was started in it, ptrace(2), unless the program was one that he cannot read.
+    fn read() -> Result<Self, StartError> {
+        let owner = sys::owner_of_user_namespace().map_err(StartError::Namespace)?;
+        let Some(owner) = owner.filter(|owner| *owner == getuid().as_raw()) else { return Ok(Self::No) };
+        let program = std::fs::metadata("/proc/self/exe").map_err(StartError::Namespace)?;
+        let unreadable = access("/proc/self/exe", AccessFlags::R_OK).is_err() && program.uid() != owner;
+        Ok(if unreadable { Self::No } else { Self::ByOwnUid })
+    }
+}
+
+impl std::fmt::Display for Traceable {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::No => "no",
+            Self::ByOwnUid => "by its own uid, which made the user namespace that it is in",
+        })
+    }
+}

@@ -1,0 +1,45 @@
+//! Threads for work with secrets: a small stack that is locked before the work begins.
+//!
+//! Owns the order: lock, then work. What such a thread leaves on its stack is neither swapped out nor dumped; wiping it is the
+//! part of who works there.
+
+use std::{
+    io,
+    sync::mpsc::sync_channel,
+    thread::{Builder, JoinHandle},
+};
+
+use crate::{
+    error::{Call, RegionError},
+    region::{Backing, Policy, backing_of},
+    sys,
+};
+
+/// Starts a thread with a stack of `stack_len` bytes that is locked and kept out of dumps, and has it do `work`, which is told
+/// what the stack became: [`Policy::Preferred`] may leave it unlocked, every other policy means mlock.
+///
+/// # Errors
+/// The thread cannot be had, or its stack cannot be locked; then `work` was not begun.
+pub fn spawn_locked<T: Send + 'static>(
+    name: &str,
+    stack_len: usize,
+    policy: Policy,
+    work: impl FnOnce(Backing) -> T + Send + 'static,
+) -> Result<JoinHandle<Option<T>>, RegionError> {
+    let (tell, told) = sync_channel(1);
+    let no_thread = |error: &io::Error| {
+        RegionError::from_call(Call::Thread, error.raw_os_error().unwrap_or(libc::EAGAIN), stack_len)
+    };
+    let thread = Builder::new()
+        .name(name.to_owned())
+        .stack_size(stack_len)
+        .spawn(move || {
+            let backing = backing_of(sys::lock_own_stack(), policy == Policy::Preferred);
+            // Whoever started it waits for this.
+            let _ = tell.send(backing.map(|_| ()));
+            backing.ok().map(work)
+        })
+        .map_err(|error| no_thread(&error))?;
+    told.recv().map_err(|_| no_thread(&io::ErrorKind::Interrupted.into()))??;
+    Ok(thread)
+}
