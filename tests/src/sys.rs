@@ -144,7 +144,7 @@ pub enum Attempt {
     InetSocket,
     /// Asks which Landlock there is.
     Landlock,
-    /// A mount, to be tried in a namespace of its own.
+    /// A change of the mounts, to be tried in a namespace of its own.
     Mount,
     /// A system call of a 32-bit program.
     OtherArchitecture,
@@ -158,6 +158,8 @@ pub enum Attempt {
     Seccomp,
     /// A region of secret memory.
     SecretMemory,
+    /// Traces another process, without stopping it.
+    Seize(i32),
     /// The segment of shared memory with the number of [`share_memory`].
     SharedMemory,
     /// Being traced by the parent.
@@ -199,11 +201,15 @@ pub fn attempt(attempt: Attempt) -> io::Result<()> {
             }
             Attempt::HostName => check(libc::sethostname(c"kms-probe".as_ptr(), 9).into()),
             Attempt::InetSocket => check(libc::socket(libc::AF_INET, libc::SOCK_DGRAM, 0).into()),
-            Attempt::Landlock => {
-                check(libc::syscall(libc::SYS_landlock_create_ruleset, null, 0, LANDLOCK_CREATE_RULESET_VERSION))
-            }
+            Attempt::Landlock => check(libc::syscall(
+                libc::SYS_landlock_create_ruleset,
+                null,
+                0,
+                LANDLOCK_CREATE_RULESET_VERSION,
+            )),
             Attempt::Mount => {
-                check(libc::mount(c"none".as_ptr(), c"/tmp".as_ptr(), c"tmpfs".as_ptr(), 0, null).into())
+                let flags = libc::MS_REC | libc::MS_PRIVATE;
+                check(libc::mount(c"none".as_ptr(), c"/".as_ptr(), std::ptr::null(), flags, null).into())
             }
             Attempt::OtherArchitecture => other_architecture(),
             Attempt::Personality => check(libc::personality(ADDR_NO_RANDOMIZE).into()),
@@ -220,6 +226,7 @@ pub fn attempt(attempt: Attempt) -> io::Result<()> {
                 check(libc::syscall(libc::SYS_seccomp, libc::SECCOMP_GET_ACTION_AVAIL, 0, &raw const action))
             }
             Attempt::SecretMemory => check(libc::syscall(libc::SYS_memfd_secret, 0)),
+            Attempt::Seize(pid) => check(libc::ptrace(libc::PTRACE_SEIZE, pid, null, null)),
             Attempt::SharedMemory => check(libc::shmget(SHARED_KEY, 0, 0).into()),
             Attempt::Trace => check(libc::ptrace(libc::PTRACE_TRACEME, 0, null, null)),
             Attempt::WriteAndRun => {
@@ -240,7 +247,11 @@ fn other_architecture() -> io::Result<()> {
     unsafe {
         std::arch::asm!("int 0x80", inlateout("eax") 20 => result, out("r8") _, out("r9") _, out("r10") _, out("r11") _);
     }
-    if result.cast_unsigned() == std::process::id() { Ok(()) } else { Err(io::Error::from_raw_os_error(-result)) }
+    if result.cast_unsigned() == std::process::id() {
+        Ok(())
+    } else {
+        Err(io::Error::from_raw_os_error(-result))
+    }
 }
 
 #[cfg(not(target_arch = "x86_64"))]

@@ -34,12 +34,14 @@ people() {
     for who in "alice:x:$ALICE" "bob:x:$BOB"; do
         echo "$who:${who##*:}::/home/${who%%:*}:/bin/sh" >>"$1/etc/passwd.new"
         echo "$who:" >>"$1/etc/group.new"
+        # For PAM, which has the last word on whether a user may have a manager.
+        echo "${who%%:*}:*:19000::::::" >>"$1/etc/shadow"
     done
     mv "$1/etc/passwd.new" "$1/etc/passwd"
     mv "$1/etc/group.new" "$1/etc/group"
     mkdir -p "$1/etc/kms-probe" "$1/usr/kms-probe" "$1/usr/lib/modules"
     chmod 1777 "$1/etc/kms-probe" "$1/usr/kms-probe"
-    install -m 4755 "$BIN/kms-test-probe" "$1/usr/bin/kms-test-setuid"
+    install -m 4755 "$BIN/kms-test-sandboxed" "$1/usr/bin/kms-test-setuid"
 }
 homes() {
     mount -t tmpfs -o mode=755 none "$1/home"
@@ -85,13 +87,14 @@ exec unshare --pid --fork --kill-child --mount-proc -- sh -euc '
     chown "$ALICE:$ALICE" "/run/user/$ALICE"
     printf "[Journal]\nStorage=volatile\nReadKMsg=no\nAudit=no\n" >/run/systemd/journald.conf.d/test.conf
     /lib/systemd/systemd-journald &
+    journal=$!
     # The manager looks for it once.
     until [ -S /run/systemd/journal/socket ] && [ -S /run/systemd/journal/stdout ]; do sleep 0.01; done
     setpriv --reuid "$ALICE" --regid "$ALICE" --init-groups --inh-caps=-all \
         env -i HOME=/home/alice USER=alice LOGNAME=alice SHELL=/bin/sh PATH=/usr/local/bin:/usr/bin:/bin \
         "XDG_RUNTIME_DIR=/run/user/$ALICE" /lib/systemd/systemd --user --log-target=journal &
     wait $!
-    kill %1
+    kill $journal
     wait
 '
 "#;
@@ -119,9 +122,9 @@ mkdir "$STAGE/bin"
 cp "$BIN"/* "$STAGE/bin"
 control_group
 mount -t tmpfs -o mode=755 none /run
-# Its own filter has no place for locked and secret memory, which the agent needs.
+# Its own filter has no place for what the agent locks its memory and itself with, and for a look at the clock.
 exec systemd-nspawn --boot --directory="$root" --register=no --keep-unit --private-network --quiet --console=pipe \
-    --machine=kms-test --system-call-filter="@memlock memfd_secret" --bind-ro="$SOURCE:/run/kms-test/systemd" \
+    --machine=kms-test --system-call-filter="@memlock memfd_secret landlock_create_ruleset landlock_add_rule landlock_restrict_self clock_adjtime" --bind-ro="$SOURCE:/run/kms-test/systemd" \
     --bind-ro="$STAGE/bin:/run/kms-test/bin" systemd.unit=kms-test.target systemd.log_target=journal systemd.show_status=0
 "#;
 
@@ -162,8 +165,12 @@ impl Lane {
     /// When it does not come up.
     #[must_use]
     pub fn system() -> Self {
-        let lane = Self::start(SYSTEM, &["awk", "mount", "nsenter", "systemctl", "systemd-nspawn", "loginctl"]);
+        let lane =
+            Self::start(SYSTEM, &["awk", "mount", "nsenter", "systemctl", "systemd-nspawn", "loginctl"]);
         lane.wait_for_manager(Manager::System);
+        // What the container hides by a mount over it, a unit cannot hide once more.
+        let (status, _, error) = process::output(lane.root("umount").arg("/proc/kmsg"));
+        assert!(status.success(), "{error}");
         lane.wait_for_manager(Manager::User);
         lane
     }
@@ -178,7 +185,7 @@ impl Lane {
         let bin = folder.path().join("bin");
         fs::create_dir(&stage).unwrap();
         fs::create_dir(&bin).unwrap();
-        for name in ["kms-agent", "kmsctl", "kms-test-probe"] {
+        for name in ["kms-agent", "kmsctl", "kms-test-sandboxed"] {
             programs::copy(&programs::program(name), &bin.join(name), 0o755);
         }
         fs::set_permissions(&bin, fs::Permissions::from_mode(0o755)).unwrap();
@@ -224,11 +231,7 @@ impl Lane {
 
     fn wait_for_manager(&self, manager: Manager) {
         wait_until("the manager has started", || {
-            assert!(
-                !ends_within(self.leader, std::time::Duration::ZERO),
-                "the lane ended:\n{}",
-                self.log()
-            );
+            assert!(!ends_within(self.leader, std::time::Duration::ZERO), "the lane ended:\n{}", self.log());
             let (_, state, _) = process::output(self.systemctl(manager).arg("is-system-running"));
             ["running", "degraded"].contains(&state.trim())
         });
@@ -248,7 +251,17 @@ impl Lane {
     pub fn as_uid(&self, uid: u32, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = self.enter();
         let id = uid.to_string();
-        command.args(["setpriv", "--reuid", &id, "--regid", &id, "--clear-groups", "--inh-caps=-all", "env", "-i"]);
+        command.args([
+            "setpriv",
+            "--reuid",
+            &id,
+            "--regid",
+            &id,
+            "--clear-groups",
+            "--inh-caps=-all",
+            "env",
+            "-i",
+        ]);
         command.args(["PATH=/home/alice/.local/bin:/usr/local/bin:/usr/bin:/bin", "LC_ALL=C"]);
         if uid == ALICE {
             command.arg("HOME=/home/alice").arg(format!("XDG_RUNTIME_DIR=/run/user/{ALICE}"));
@@ -394,6 +407,9 @@ impl Drop for Lane {
         }
         if std::thread::panicking() {
             eprintln!("the log of the lane:\n{}", self.log());
+            let mut command = self.root("journalctl");
+            command.args(["--no-pager", "--quiet", "--lines", "100", "-o", "short-monotonic"]);
+            eprintln!("its journal:\n{}", process::output(&mut command).1);
         }
         if self.leader != 0 && !ends_within(self.leader, std::time::Duration::ZERO) {
             send_signal(self.leader, Signal::SIGKILL);

@@ -45,3 +45,15 @@ fn next_main_pid(lane: &Lane, manager: Manager, old: i32) -> i32 {
     });
     pid
 }
+
+/// What `kmsctl status` must show: the sandbox of the unit has left the agent all that it protects itself with.
+fn is_protected(status: &str) {
+    let facts: Vec<_> =
+        status.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
+    for wanted in
+        ["secret-memory secretmem", "traceable no", "no-new-privileges yes", "core-limit 0", "seccomp filter"]
+    {
+        assert!(facts.iter().any(|fact| fact == wanted), "not {wanted}: {status}");
+    }
+    assert!(facts.iter().any(|fact| fact.starts_with("landlock level ")), "{status}");
+}

@@ -10,7 +10,7 @@ use kms_protocol::{Hello, Opcode, PROTOCOL_VERSION};
 use kms_tests::{
     ALICE, as_uid,
     process::{self, send_signal, wait_until},
-    systemd::{Lane, Manager},
+    systemd::{Lane, Manager, PROGRAMS},
     wire::frame,
 };
 use nix::{
@@ -21,7 +21,7 @@ use nix::{
     },
 };
 
-use crate::{SERVICE, SOCKET, done, install, next_main_pid, properties, sandbox};
+use crate::{SERVICE, SOCKET, done, install, is_protected, next_main_pid, properties, sandbox};
 
 const MANAGER: Manager = Manager::User;
 
@@ -44,6 +44,16 @@ fn sender_of_hello(socket: &Path) -> i32 {
         assert_eq!(credentials.uid(), ALICE);
         credentials.pid()
     })
+}
+
+/// Whether another process of the user can look into this one, as a debugger would.
+fn can_be_traced(lane: &Lane, pid: i32) -> bool {
+    let (maps, ..) =
+        process::output(lane.user_command("head").args(["-c", "1", &format!("/proc/{pid}/maps")]));
+    let seized =
+        done(lane.user_command(format!("{PROGRAMS}/kms-test-sandboxed")).args(["seize", &pid.to_string()]));
+    assert_eq!(maps.success(), seized == "done\n", "{seized}");
+    maps.success()
 }
 
 #[test]
@@ -69,10 +79,16 @@ fn a_user_enables_the_agent_once_and_it_is_there() {
 
     // Enabled, it listens and does not run.
     control(&["enable", "--now", SOCKET]);
-    assert_eq!(properties(&lane, MANAGER, ["ActiveState", "SubState", "MainPID", "NRestarts"]), ["inactive", "dead", "0", "0"]);
-    let mode = done(lane.root("stat").args(["-c", "%a %u %F"]).arg(format!("/run/user/{ALICE}/kms-agent")).arg(format!(
-        "/run/user/{ALICE}/kms-agent/agent.sock"
-    )));
+    assert_eq!(
+        properties(&lane, MANAGER, ["ActiveState", "SubState", "MainPID", "NRestarts"]),
+        ["inactive", "dead", "0", "0"]
+    );
+    let mode = done(
+        lane.root("stat")
+            .args(["-c", "%a %u %F"])
+            .arg(format!("/run/user/{ALICE}/kms-agent"))
+            .arg(format!("/run/user/{ALICE}/kms-agent/agent.sock")),
+    );
     assert_eq!(mode, format!("700 {ALICE} directory\n600 {ALICE} socket\n"));
 
     // The first connection starts it, and a key is made and used.
@@ -82,14 +98,23 @@ fn a_user_enables_the_agent_once_and_it_is_there() {
     ]));
     let first = lane.main_pid(MANAGER, SERVICE);
     assert_ne!(first, 0);
-    assert_eq!(properties(&lane, MANAGER, ["ActiveState", "SubState", "Result", "NRestarts"]), ["active", "running", "success", "0"]);
+    assert_eq!(
+        properties(&lane, MANAGER, ["ActiveState", "SubState", "Result", "NRestarts"]),
+        ["active", "running", "success", "0"]
+    );
     assert_ne!(show("StatusText"), "");
-    let status = kmsctl(&["status"]);
-    assert!(status.contains("secret-memory    secretmem"), "the sandbox leaves secret memory: {status}");
+    is_protected(&kmsctl(&["status"]));
     // Not the manager, although that called listen.
     // By way of the manager's files, which the user may look into; from outside the lane those of the agent are not to be had.
-    let socket = lane.path(lane.outside(manager_pid(&lane)), &format!("/run/user/{ALICE}/kms-agent/agent.sock"));
+    let socket =
+        lane.path(lane.outside(manager_pid(&lane)), &format!("/run/user/{ALICE}/kms-agent/agent.sock"));
     assert_eq!(sender_of_hello(&socket), lane.outside(first), "the reply is of the agent itself");
+
+    // It is in no namespace of its own, whose owner its user would be.
+    let space = |pid: i32| done(lane.root("readlink").arg(format!("/proc/{pid}/ns/user")));
+    assert_eq!(space(first), space(manager_pid(&lane)));
+    assert!(!can_be_traced(&lane, first));
+    assert!(can_be_traced(&lane, manager_pid(&lane)), "the control: what does not protect itself");
 
     // A changed configuration is taken, a bad one leaves the old.
     let write = |text: &str| {
@@ -98,7 +123,9 @@ fn a_user_enables_the_agent_once_and_it_is_there() {
     };
     write("[limits]\nkeys = 1\n");
     control(&["reload", SERVICE]);
-    wait_until("the journal says that it was read", || lane.journal(MANAGER).contains("read the configuration again"));
+    wait_until("the journal says that it was read", || {
+        lane.journal(MANAGER).contains("read the configuration again")
+    });
     let (status, _, error) = process::output(lane.user_command("kmsctl").args(["add", "second", "--memory"]));
     assert!(!status.success() && error.contains("limit"), "one key at most: {error}");
     write("[limits]\nkeys = 'many'\n");
@@ -108,10 +135,14 @@ fn a_user_enables_the_agent_once_and_it_is_there() {
     assert!(!status.success() && error.contains("limit"), "still one key at most: {error}");
     write("");
     assert_eq!(lane.main_pid(MANAGER, SERVICE), first, "a reload does not restart");
-    assert_eq!(properties(&lane, MANAGER, ["ActiveState", "SubState", "Result", "NRestarts"]), ["active", "running", "success", "0"]);
+    assert_eq!(
+        properties(&lane, MANAGER, ["ActiveState", "SubState", "Result", "NRestarts"]),
+        ["active", "running", "success", "0"]
+    );
 
     // Killed, it is started again, and the same socket serves.
-    let inode = || done(lane.root("stat").args(["-c", "%i"]).arg(format!("/run/user/{ALICE}/kms-agent/agent.sock")));
+    let inode =
+        || done(lane.root("stat").args(["-c", "%i"]).arg(format!("/run/user/{ALICE}/kms-agent/agent.sock")));
     let listening = inode();
     send_signal(lane.outside(first), Signal::SIGKILL);
     let second = next_main_pid(&lane, MANAGER, first);
@@ -140,11 +171,12 @@ fn a_user_enables_the_agent_once_and_it_is_there() {
 
     // Stopped, it ends well, and the next connection starts it again.
     control(&["stop", SERVICE]);
-    assert_eq!(properties(&lane, MANAGER, ["ActiveState", "Result", "ExecMainStatus", "MainPID"]), ["inactive", "success", "0", "0"]);
+    assert_eq!(
+        properties(&lane, MANAGER, ["ActiveState", "Result", "ExecMainStatus", "MainPID"]),
+        ["inactive", "success", "0", "0"]
+    );
     kmsctl(&["ping"]);
     assert_ne!(lane.main_pid(MANAGER, SERVICE), 0);
-
-    sandbox::of_the_user(&lane);
 
     // The journal has the words of the agent, and nothing has failed.
     assert!(lane.journal(MANAGER).contains("kms-agent["), "{}", lane.journal(MANAGER));
@@ -153,12 +185,75 @@ fn a_user_enables_the_agent_once_and_it_is_there() {
     // Removed, nothing of it is left but the drop-in, which is not of `systemd/install`.
     let said = install(lane.user_command("sh"), &["--remove"]);
     assert!(said.ends_with("done\n"), "{said}");
-    assert_eq!(properties(&lane, MANAGER, ["LoadState", "ActiveState", "MainPID", "NRestarts"]), ["not-found", "inactive", "0", "0"]);
-    let left = done(lane.root("find").args(["/home/alice", &format!("/run/user/{ALICE}/kms-agent"), "-not", "-type", "d"]));
+    assert_eq!(
+        properties(&lane, MANAGER, ["LoadState", "ActiveState", "MainPID", "NRestarts"]),
+        ["not-found", "inactive", "0", "0"]
+    );
+    let left = done(lane.root("find").args([
+        "/home/alice",
+        &format!("/run/user/{ALICE}/kms-agent"),
+        "-not",
+        "-type",
+        "d",
+    ]));
     let mut left: Vec<_> = left.lines().collect();
     left.sort_unstable();
-    assert_eq!(left, ["/home/alice/.config/kms-agent/config.toml", "/home/alice/.config/systemd/user/kms-agent.service.d/test.conf"]);
+    assert_eq!(
+        left,
+        [
+            "/home/alice/.config/kms-agent/config.toml",
+            "/home/alice/.config/systemd/user/kms-agent.service.d/test.conf"
+        ]
+    );
+    assert_eq!(control(&["--failed", "--no-legend", "--plain"]), "");
+
+    of_root(&lane);
     lane.exit();
+}
+
+/// The program is root's, and with it the whole sandbox.
+fn of_root(lane: &Lane) {
+    let control = |words: &[&str]| lane.control(MANAGER, words);
+    let said = install(lane.root("sh"), &["--system"]);
+    assert!(said.contains("\nmade the user kms-agent\n"), "{said}");
+    control(&["daemon-reload"]);
+    control(&["enable", "--now", SOCKET]);
+    is_protected(&done(lane.user_command("kmsctl").arg("status")));
+    let pid = lane.main_pid(MANAGER, SERVICE);
+    assert!(!can_be_traced(lane, pid));
+    // The mode of the program is all that makes the difference.
+    done(lane.root("chmod").args(["755", "/usr/local/bin/kms-agent"]));
+    control(&["restart", SERVICE]);
+    assert!(
+        can_be_traced(lane, lane.main_pid(MANAGER, SERVICE)),
+        "the control: a program that its user can read"
+    );
+    assert!(lane.journal(MANAGER).contains("can be traced by its own uid"));
+    done(lane.root("chmod").args(["711", "/usr/local/bin/kms-agent"]));
+    control(&["restart", SERVICE]);
+
+    sandbox::of_the_user(lane);
+
+    control(&["disable", "--now", SOCKET]);
+    assert_eq!(
+        properties(lane, MANAGER, ["ActiveState", "Result", "ExecMainStatus", "MainPID"]),
+        ["inactive", "success", "0", "0"]
+    );
+    assert_eq!(control(&["--failed", "--no-legend", "--plain"]), "");
+    let said = install(lane.root("sh"), &["--system", "--remove"]);
+    assert!(said.ends_with("done\n"), "{said}");
+    let left = done(lane.root("find").args([
+        "/usr/local",
+        "/etc",
+        "/run/systemd",
+        "/var/lib",
+        "/var/log",
+        "-name",
+        "kms-agent*",
+    ]));
+    assert_eq!(left, "");
+    let (known, ..) = process::output(lane.root("getent").args(["passwd", "kms-agent"]));
+    assert!(!known.success(), "its user is still there");
 }
 
 /// The number of the user's manager in the lane.

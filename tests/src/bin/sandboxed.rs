@@ -1,7 +1,7 @@
 //! Tries what a sandbox is there to refuse, from inside.
 //!
-//! `probe ATTEMPT…` makes each attempt in a process of its own and prints `ATTEMPT: done`, or the error or signal that it met.
-//! `probe listen NAME PATH` serves an abstract socket and one at PATH, for attempts to reach them. As `kms-test-setuid` it prints
+//! `sandboxed ATTEMPT…` makes each attempt in a process of its own and prints `ATTEMPT: done`, or the error or signal that it met.
+//! `sandboxed seize PID` does what a debugger begins with. `sandboxed listen NAME PATH` serves an abstract socket and one at PATH, for attempts to reach them. As `kms-test-setuid` it prints
 //! its effective uid. It changes nothing that outlives it but files with `kms-probe` in their name.
 
 use std::{
@@ -27,8 +27,27 @@ use nix::{
 
 /// What is in a `/dev` that has only what every program needs.
 const PLAIN_DEVICES: &[&str] = &[
-    "console", "core", "fd", "full", "hugepages", "initctl", "log", "mqueue", "null", "ptmx", "pts", "random", "shm", "stderr",
-    "stdin", "stdout", "tty", "urandom", "zero",
+    "block",
+    "char",
+    "console",
+    "core",
+    "fd",
+    "full",
+    "hugepages",
+    "initctl",
+    "log",
+    "mqueue",
+    "null",
+    "ptmx",
+    "pts",
+    "random",
+    "shm",
+    "stderr",
+    "stdin",
+    "stdout",
+    "tty",
+    "urandom",
+    "zero",
 ];
 
 fn main() -> ExitCode {
@@ -36,18 +55,15 @@ fn main() -> ExitCode {
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     match words.as_slice() {
         [name] if name.ends_with("kms-test-setuid") => println!("{}", geteuid()),
-        [_, "one", name] => match tried(name) {
-            Ok(()) => println!("done"),
-            Err(error) => match error.raw_os_error() {
-                Some(code) => println!("{}", nix::errno::Errno::from_raw(code)),
-                None => println!("{error}"),
-            },
-        },
+        [_, "one", name] => say(tried(name)),
+        // Let go at the end.
+        [_, "seize", pid] => say(attempt(Attempt::Seize(pid.parse().unwrap()))),
         [_, "listen", name, path] => listen(name, path).unwrap(),
         [_, names @ ..] => {
             for name in names {
                 let output = Command::new("/proc/self/exe").args(["one", name]).output().unwrap();
-                let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+                let said = String::from_utf8_lossy(&output.stdout).into_owned()
+                    + &String::from_utf8_lossy(&output.stderr);
                 match output.status.signal() {
                     Some(signal) => println!("{name}: signal {signal}"),
                     None => print!("{name}: {said}"),
@@ -57,6 +73,16 @@ fn main() -> ExitCode {
         [] => return ExitCode::FAILURE,
     }
     ExitCode::SUCCESS
+}
+
+fn say(outcome: io::Result<()>) {
+    match outcome {
+        Ok(()) => println!("done"),
+        Err(error) => match error.raw_os_error() {
+            Some(code) => println!("{}", nix::errno::Errno::from_raw(code)),
+            None => println!("{error}"),
+        },
+    }
 }
 
 fn listen(name: &str, path: &str) -> io::Result<()> {
@@ -99,6 +125,8 @@ fn tried(name: &str) -> io::Result<()> {
         "write-usr" => writes("/usr/kms-probe"),
         "write-state" => writes("/home/alice/.local/state/kms-agent"),
         "read-configuration" => fs::read("/home/alice/.config/kms-agent/config.toml").map(drop),
+        "write-system-state" => writes("/var/lib/kms-agent"),
+        "read-system-configuration" => fs::read("/etc/kms-agent/config.toml").map(drop),
         "read-home-of-another" => fs::read("/home/bob/readable").map(drop),
         "read-tmp" => fs::read("/tmp/kms-probe-shared").map(drop),
         "system-bus" => UnixStream::connect("/run/dbus/system_bus_socket").map(drop),
@@ -110,7 +138,6 @@ fn tried(name: &str) -> io::Result<()> {
         "devices" => {
             let names = fs::read_dir("/dev")?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
             let more: Vec<_> = names.filter(|name| !PLAIN_DEVICES.contains(&name.as_str())).collect();
-            eprintln!("{more:?}");
             if more.is_empty() { refused("only plain devices") } else { Ok(()) }
         }
         "setuid-program" => {
@@ -159,10 +186,18 @@ fn tried(name: &str) -> io::Result<()> {
             if fs::metadata("/usr/lib/modules")?.mode() & 0o777 == 0 { refused("hidden") } else { Ok(()) }
         }),
         "kernel-log" => {
-            if fs::metadata("/proc/kmsg")?.mode() & 0o777 == 0 { refused("hidden") } else { Ok(()) }
+            if fs::metadata("/proc/kmsg")?.mode() & 0o777 == 0 {
+                refused("hidden")
+            } else {
+                Ok(())
+            }
         }
         "kernel-symbols" => {
-            if fs::read("/proc/kallsyms")?.is_empty() { refused("hidden") } else { Ok(()) }
+            if fs::read("/proc/kallsyms")?.is_empty() {
+                refused("hidden")
+            } else {
+                Ok(())
+            }
         }
         "control-group" => {
             let own = fs::read_to_string("/proc/self/cgroup")?;
