@@ -20,7 +20,8 @@ use nix::{
 
 use crate::{
     args::Args,
-    error::{StartError, report},
+    error::{StartError, report, tell},
+    running,
     socket::Place,
     sys,
 };
@@ -44,8 +45,10 @@ pub(crate) enum Launched {
 
 /// Who waits for the agent to be ready.
 pub(crate) enum Ready {
+    /// Nobody: a peer on stdin simply begins.
+    Nobody,
     /// Nobody but the reader of stdout.
-    Print(String),
+    Print(Vec<u8>),
     /// The process that was called.
     Tell {
         /// The pipe that it reads.
@@ -53,7 +56,7 @@ pub(crate) enum Ready {
         /// What takes the place of the terminal.
         null: File,
         /// What it is told: the pid of the agent.
-        pid: Pid,
+        pid: u32,
     },
 }
 
@@ -61,9 +64,10 @@ impl Ready {
     /// Tells that clients can connect.
     pub(crate) fn tell(self) -> Result<(), StartError> {
         match self {
-            Self::Print(text) => print(&text).map_err(StartError::Background),
+            Self::Nobody => Ok(()),
+            Self::Print(words) => print(&words).map_err(StartError::Background),
             Self::Tell { mut waiting, null, pid } => {
-                waiting.write_all(&pid.as_raw().to_le_bytes()).map_err(StartError::Background)?;
+                waiting.write_all(&pid.to_le_bytes()).map_err(StartError::Background)?;
                 leave_terminal(&null).map_err(StartError::Background)
             }
         }
@@ -71,10 +75,22 @@ impl Ready {
 }
 
 /// Forks where that is asked for.
-pub(crate) fn launch(args: &Args, place: &Place) -> Result<Launched, StartError> {
-    if args.foreground {
+pub(crate) fn launch(args: &Args, place: Option<&Place>) -> Result<Launched, StartError> {
+    let Some(place) = place else {
+        // A peer on stdin and stdout: all that was inherited and is meant for us.
         sys::close_inherited(None).map_err(StartError::Background)?;
-        return Ok(Launched::Agent { ready: Ready::Print(commands(place.path(), getpid())), until: None });
+        return Ok(Launched::Agent { ready: Ready::Nobody, until: None });
+    };
+    if args.foreground {
+        sys::close_inherited(place.given()).map_err(StartError::Background)?;
+        let words = args.shell().set(place.path(), std::process::id());
+        return Ok(Launched::Agent { ready: Ready::Print(words), until: None });
+    }
+    if args.command.is_empty()
+        && let Some(pid) = running::at(place.path())
+    {
+        tell(&format!("an agent serves {} already: process {pid}", place.path().display()));
+        return Ok(Launched::Parent(print_or_fail(&args.shell().set(place.path(), pid))));
     }
     let caller = getpid();
     let (waits, tells) = pipe().map_err(|error| StartError::Background(error.into()))?;
@@ -92,7 +108,7 @@ pub(crate) fn launch(args: &Args, place: &Place) -> Result<Launched, StartError>
                     let until = (!args.command.is_empty()).then_some(caller);
                     let null = OpenOptions::new().read(true).write(true).open("/dev/null");
                     let null = null.map_err(StartError::Background)?;
-                    let ready = Ready::Tell { waiting: File::from(tells), null, pid: getpid() };
+                    let ready = Ready::Tell { waiting: File::from(tells), null, pid: std::process::id() };
                     Ok(Launched::Agent { ready, until })
                 }
             }
@@ -106,12 +122,9 @@ pub(crate) fn launch(args: &Args, place: &Place) -> Result<Launched, StartError>
                 place.abandon();
                 return Ok(Launched::Parent(ExitCode::FAILURE));
             }
-            let agent = Pid::from_raw(i32::from_le_bytes(pid));
+            let agent = u32::from_le_bytes(pid);
             Ok(Launched::Parent(match args.command.split_first() {
-                None => match print(&commands(place.path(), agent)) {
-                    Ok(()) => ExitCode::SUCCESS,
-                    Err(_) => ExitCode::FAILURE,
-                },
+                None => print_or_fail(&args.shell().set(place.path(), agent)),
                 Some((command, rest)) => run(command, rest, place.path(), agent),
             }))
         }
@@ -119,7 +132,7 @@ pub(crate) fn launch(args: &Args, place: &Place) -> Result<Launched, StartError>
 }
 
 /// Becomes the command; comes back only when that failed.
-fn run(command: &OsStr, arguments: &[std::ffi::OsString], socket: &Path, agent: Pid) -> ExitCode {
+fn run(command: &OsStr, arguments: &[std::ffi::OsString], socket: &Path, agent: u32) -> ExitCode {
     let error = Command::new(command)
         .args(arguments)
         .env("KMS_AUTH_SOCK", socket)
@@ -129,17 +142,20 @@ fn run(command: &OsStr, arguments: &[std::ffi::OsString], socket: &Path, agent: 
     ExitCode::from(if error.kind() == io::ErrorKind::NotFound { NOT_FOUND } else { CANNOT_RUN })
 }
 
-/// What a POSIX shell evaluates.
-fn commands(socket: &Path, agent: Pid) -> String {
-    let quoted = socket.display().to_string().replace('\'', r"'\''");
-    let plain = |text: &str| text.bytes().all(|b| b.is_ascii_alphanumeric() || b"/._-".contains(&b));
-    let socket = if plain(&quoted) { quoted } else { format!("'{quoted}'") };
-    format!("KMS_AUTH_SOCK={socket}; export KMS_AUTH_SOCK;\nKMS_AGENT_PID={agent}; export KMS_AGENT_PID;\n")
+/// Ends the agent that runs (`-k`).
+pub(crate) fn end(args: &Args) -> Result<ExitCode, StartError> {
+    let pid = running::end(args.socket.as_deref())?;
+    tell(&format!("process {pid} has ended"));
+    Ok(print_or_fail(&args.shell().unset()))
 }
 
-fn print(text: &str) -> io::Result<()> {
+fn print_or_fail(words: &[u8]) -> ExitCode {
+    if print(words).is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn print(words: &[u8]) -> io::Result<()> {
     let mut stdout = io::stdout().lock();
-    stdout.write_all(text.as_bytes())?;
+    stdout.write_all(words)?;
     stdout.flush()
 }
 

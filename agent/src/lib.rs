@@ -4,6 +4,7 @@
 //! with locked stacks, secret memory, seccomp, ready. See `docs/architecture.md`. No secret exists before the last fork, and no
 //! request is read before the sandbox is closed.
 
+mod activation;
 mod args;
 pub mod audit;
 pub mod authorize;
@@ -12,20 +13,36 @@ pub mod constraints;
 pub mod core;
 pub mod crypto;
 mod error;
+mod folder;
 pub mod keyring;
 mod launch;
 mod log;
+mod manual;
 mod process;
+mod pump;
 pub mod reply;
+mod running;
 mod sandbox;
 mod server;
 mod service;
+mod shell;
 mod socket;
 mod sys;
 
-use std::{os::fd::OwnedFd, process::ExitCode, sync::mpsc::sync_channel, thread};
+use std::{
+    convert::Infallible,
+    io::{self, stdin, stdout},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    panic::{AssertUnwindSafe, catch_unwind},
+    process::ExitCode,
+    thread,
+    time::Duration,
+};
 
-use kms_secret_memory::spawn_locked;
+use kms_secret_memory::{Policy, spawn_locked};
 use nix::{
     errno::Errno,
     sys::{
@@ -35,7 +52,7 @@ use nix::{
         signalfd::{SfdFlags, SignalFd},
         stat::{Mode, umask},
     },
-    unistd::{Pid, getuid},
+    unistd::{Pid, pipe},
 };
 
 use crate::{
@@ -78,14 +95,15 @@ pub fn main() -> ExitCode {
 }
 
 fn start(args: &Args) -> Result<ExitCode, StartError> {
+    if args.end {
+        return launch::end(args);
+    }
     let file = args.config_file();
     let config = file.read()?;
-    let place = socket::Place::choose(args.socket.as_deref(), !args.command.is_empty())?;
-    match launch::launch(args, &place)? {
+    let place = if args.stdio { None } else { Some(socket::Place::choose(args)?) };
+    match launch::launch(args, place.as_ref())? {
         Launched::Parent(exit) => Ok(exit),
-        Launched::Agent { ready, until } => {
-            serve(args, file, config, place, ready, until).map(|()| ExitCode::SUCCESS)
-        }
+        Launched::Agent { ready, until } => match serve(args, file, config, place, ready, until)? {},
     }
 }
 
@@ -107,17 +125,25 @@ fn serve(
     args: &Args,
     file: ConfigFile,
     config: Config,
-    place: socket::Place,
+    place: Option<socket::Place>,
     ready: Ready,
     until: Option<Pid>,
-) -> Result<(), StartError> {
+) -> Result<Infallible, StartError> {
     protect()?;
-    let log = Log::start(level(args.foreground, &config));
+    let uid = process::own_uid()?;
+    let log = Log::start(level(args.is_read_along(), &config));
     // Opened while the parent is certainly there, since it waits for readiness.
     let until = until.map(sys::pidfd_open).transpose().map_err(StartError::Command)?;
     let service =
         if args.foreground { Service::of_environment().map_err(StartError::Service)? } else { None };
-    let socket = AgentSocket::bind(place)?;
+    let socket = place.map(AgentSocket::bind).transpose()?;
+    let (stdio, peer, until) = match socket {
+        Some(_) => (None, None, until),
+        None => {
+            let (stdio, peer, over) = Stdio::new().map_err(StartError::Stdio)?;
+            (Some(stdio), Some(peer), Some(over))
+        }
+    };
     // Before there is another thread: a signal is for the loop, and Landlock is inherited.
     let runtime = |errno: Errno| StartError::Runtime(errno.into());
     let wanted: SigSet =
@@ -130,27 +156,63 @@ fn serve(
         .folder()
         .map(|folder| Allowed::to_read(folder.to_owned()))
         .into_iter()
-        .chain(socket.to_remove())
+        .chain(socket.iter().flat_map(AgentSocket::to_remove))
         .collect();
     protection.landlock(within(config.sandbox, sandbox::restrict_files(&allowed))?);
 
-    let surroundings =
-        Surroundings { memory_only: args.memory, lifetime: args.lifetime, foreground: args.foreground, file };
+    let surroundings = Surroundings {
+        memory_only: args.memory,
+        lifetime: args.lifetime,
+        is_read_along: args.is_read_along(),
+        file,
+    };
     let memory = config.secret_memory;
-    let (tell, told) = sync_channel(1);
     let work = move |stack| {
         protection.stacks(stack);
-        let agent = Agent { surroundings, config, socket, signals, until, service, log, protection };
-        // Whoever started this waits for it.
-        let _ = tell.send(agent.run(ready));
-        // The end of a thread takes system calls that nothing else needs.
-        loop {
-            thread::park();
-        }
+        let agent =
+            Agent { uid, surroundings, config, socket, peer, signals, until, service, log, protection };
+        // A panic outside every request was told by the hook.
+        let ended = catch_unwind(AssertUnwindSafe(|| agent.run(ready))).unwrap_or(Err(StartError::Panicked));
+        // Here and not by the thread's end, which takes system calls that nothing else needs.
+        std::process::exit(match ended {
+            Ok(()) => 0,
+            Err(error) => {
+                error.report();
+                1
+            }
+        })
     };
     spawn_locked("agent", SERVER_STACK_LEN, memory, work)?;
-    // A panic outside every request ends the thread without a word.
-    told.recv().unwrap_or(Err(StartError::Panicked))
+    if let Some(stdio) = stdio {
+        stdio.serve(memory);
+    }
+    loop {
+        thread::park();
+    }
+}
+
+/// Standard input and output, with what the server takes for a connection of theirs.
+struct Stdio {
+    peer: UnixStream,
+    over: OwnedFd,
+}
+
+impl Stdio {
+    /// With the server's end of the connection, and what can be read when it is over.
+    fn new() -> io::Result<(Self, UnixStream, OwnedFd)> {
+        let (peer, served) = UnixStream::pair()?;
+        let (until, over) = pipe()?;
+        Ok((Self { peer, over }, served, until))
+    }
+
+    /// Serves until either side is gone.
+    fn serve(self, memory: Policy) {
+        let Self { peer, over } = self;
+        if let Err(error) = pump::pump(stdin().as_fd(), stdout().as_fd(), &peer, memory) {
+            error.report();
+        }
+        drop(over);
+    }
 }
 
 /// Takes a part of the sandbox as the configuration wants it: it must be there, or its absence is logged.
@@ -168,8 +230,8 @@ fn within<T>(wanted: Sandbox, part: Result<T, SandboxError>) -> Result<Option<T>
 /// What a configuration that is read again does not change.
 struct Surroundings {
     memory_only: bool,
-    lifetime: Option<std::time::Duration>,
-    foreground: bool,
+    lifetime: Option<Duration>,
+    is_read_along: bool,
     file: ConfigFile,
 }
 
@@ -181,9 +243,12 @@ impl Surroundings {
 
 /// All that the thread which serves is given.
 struct Agent {
+    uid: u32,
     surroundings: Surroundings,
     config: Config,
-    socket: AgentSocket,
+    socket: Option<AgentSocket>,
+    /// Who is on stdin and stdout, where there is no socket.
+    peer: Option<UnixStream>,
     signals: SignalFd,
     until: Option<OwnedFd>,
     service: Option<Service>,
@@ -201,8 +266,12 @@ impl Agent {
             tracing::info!(%backing, "keys are shielded");
         }
         let limits = self.surroundings.limits(&self.config);
-        let core = Core::new(getuid().as_raw(), keyring, limits, random, LogAudit, now());
-        let mut server = Server::new(core, self.socket.listener()?, memory)?;
+        let core = Core::new(self.uid, keyring, limits, random, LogAudit, now());
+        let listener = self.socket.as_ref().map(AgentSocket::listener).transpose()?;
+        let mut server = Server::new(core, listener, memory)?;
+        if let Some(peer) = self.peer.take() {
+            server.admit(peer);
+        }
         server.wake_by(&self.signals, Source::Signals).map_err(StartError::Runtime)?;
         if let Some(command) = &self.until {
             server.wake_by(command, Source::Command).map_err(StartError::Runtime)?;
@@ -210,11 +279,14 @@ impl Agent {
         if let Some(beat) = self.service.as_ref().and_then(Service::beat) {
             server.beat_every(beat);
         }
-        let filtered = within(self.config.sandbox, sandbox::restrict_calls(false))?;
+        let filtered = within(self.config.sandbox, sandbox::restrict_calls(self.socket.is_none()))?;
         self.protection.seccomp(filtered.is_some());
         server.core().show(self.protection.facts());
 
-        tracing::info!(socket = %self.socket.path().display(), "ready");
+        match &self.socket {
+            Some(socket) => tracing::info!(socket = %socket.path().display(), "ready"),
+            None => tracing::info!("ready for the peer on stdin and stdout"),
+        }
         ready.tell()?;
         if let Some(service) = &mut self.service {
             service.ready(&server.core().summary());
@@ -257,7 +329,7 @@ impl Agent {
         match self.surroundings.file.read() {
             Ok(config) => {
                 server.core().set_limits(self.surroundings.limits(&config));
-                self.log.set_level(level(self.surroundings.foreground, &config));
+                self.log.set_level(level(self.surroundings.is_read_along, &config));
                 tracing::info!("read the configuration again");
             }
             Err(error) => tracing::error!(%error, "the old configuration stays in force"),

@@ -19,9 +19,9 @@ use tracing_subscriber::{
 
 use crate::config::Config;
 
-/// In the foreground a person or a service manager reads along; elsewhere only what needs somebody is said.
-pub(crate) fn level(foreground: bool, config: &Config) -> LevelFilter {
-    config.log.unwrap_or(if foreground { LevelFilter::INFO } else { LevelFilter::WARN })
+/// Where nobody reads along, only what needs somebody is said.
+pub(crate) fn level(is_read_along: bool, config: &Config) -> LevelFilter {
+    config.log.unwrap_or(if is_read_along { LevelFilter::INFO } else { LevelFilter::WARN })
 }
 
 /// The log of this process.

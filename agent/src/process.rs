@@ -86,14 +86,32 @@ enum Traceable {
 }
 
 impl Traceable {
-    /// Whoever made a user namespace may trace what was started in it, ptrace(2), unless the program was one that he cannot read.
+    /// Whoever made a user namespace may trace what was started in it, unless its program cannot be read there and belongs to a user
+    /// or a group from outside: then the kernel counts the process among those outside (`would_dump` in its `fs/exec.c`).
     fn read() -> Result<Self, StartError> {
         let owner = sys::owner_of_user_namespace().map_err(StartError::Namespace)?;
-        let Some(owner) = owner.filter(|owner| *owner == getuid().as_raw()) else { return Ok(Self::No) };
+        if owner != Some(getuid().as_raw()) {
+            return Ok(Self::No);
+        }
         let program = std::fs::metadata("/proc/self/exe").map_err(StartError::Namespace)?;
-        let unreadable = access("/proc/self/exe", AccessFlags::R_OK).is_err() && program.uid() != owner;
-        Ok(if unreadable { Self::No } else { Self::ByOwnUid })
+        let outside =
+            program.uid() == overflow_id("overflowuid")? || program.gid() == overflow_id("overflowgid")?;
+        let unreadable = access("/proc/self/exe", AccessFlags::R_OK).is_err();
+        Ok(if outside && unreadable { Self::No } else { Self::ByOwnUid })
     }
+}
+
+/// The uid that is served. Never the one that stands for every user whom this namespace does not know: the kernel would show them
+/// all as ourselves.
+pub(crate) fn own_uid() -> Result<u32, StartError> {
+    let uid = getuid().as_raw();
+    if uid == overflow_id("overflowuid")? { Err(StartError::OverflowUid(uid)) } else { Ok(uid) }
+}
+
+/// What a uid or gid looks like that a user namespace does not know.
+fn overflow_id(name: &str) -> Result<u32, StartError> {
+    let text = std::fs::read_to_string(format!("/proc/sys/kernel/{name}")).map_err(StartError::Namespace)?;
+    text.trim().parse().map_err(|_| StartError::Namespace(std::io::ErrorKind::InvalidData.into()))
 }
 
 impl std::fmt::Display for Traceable {

@@ -154,7 +154,8 @@ pub(crate) struct Server<R, A> {
     memory: Policy,
     pool: Rc<FramePool>,
     epoll: Epoll,
-    listener: UnixListener,
+    /// None where one peer is all that is served.
+    listener: Option<UnixListener>,
     /// While nobody is let in.
     accept_after: Option<Duration>,
     timer: TimerFd,
@@ -196,8 +197,12 @@ fn since_boot() -> Duration {
 }
 
 impl<R: Random, A: Audit> Server<R, A> {
-    /// A server of what connects to `listener`, which does not block.
-    pub(crate) fn new(core: Core<R, A>, listener: UnixListener, memory: Policy) -> Result<Self, StartError> {
+    /// A server of what connects to `listener`, which does not block, and of whom [`admit`](Self::admit) is called for.
+    pub(crate) fn new(
+        core: Core<R, A>,
+        listener: Option<UnixListener>,
+        memory: Policy,
+    ) -> Result<Self, StartError> {
         let runtime = |errno: Errno| StartError::Runtime(errno.into());
         let worker = Worker::start(memory)?;
         let server = Self {
@@ -232,7 +237,9 @@ impl<R: Random, A: Audit> Server<R, A> {
             last_request: Duration::ZERO,
             warm: false,
         };
-        server.watch(&server.listener, Key::LISTENER).map_err(runtime)?;
+        if let Some(listener) = &server.listener {
+            server.watch(listener, Key::LISTENER).map_err(runtime)?;
+        }
         server.watch(&server.timer, Key::TIMER).map_err(runtime)?;
         server.watch(&server.worker, Key::WORK).map_err(runtime)?;
         Ok(server)
@@ -317,7 +324,8 @@ impl<R: Random, A: Audit> Server<R, A> {
     /// Lets in who is there.
     fn accept(&mut self) {
         for _ in 0..TURN_ACCEPTS {
-            match self.listener.accept() {
+            let Some(listener) = &self.listener else { return };
+            match listener.accept() {
                 Ok((stream, _)) => self.admit(stream),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) => {
@@ -332,13 +340,15 @@ impl<R: Random, A: Audit> Server<R, A> {
 
     fn listen(&self, on: bool) {
         let events = if on { EpollFlags::EPOLLIN } else { EpollFlags::empty() };
-        if let Err(errno) = self.epoll.modify(&self.listener, &mut EpollEvent::new(events, Key::LISTENER.0)) {
+        if let Some(listener) = &self.listener
+            && let Err(errno) = self.epoll.modify(listener, &mut EpollEvent::new(events, Key::LISTENER.0))
+        {
             tracing::error!(%errno, "the listener cannot be watched");
         }
     }
 
     /// Lets a connection in, or closes it without a byte. Whatever cannot be found out about the peer is a no.
-    fn admit(&mut self, stream: UnixStream) {
+    pub(crate) fn admit(&mut self, stream: UnixStream) {
         let Ok(credentials) = getsockopt(&stream, sockopt::PeerCredentials) else {
             tracing::warn!("refused a connection: its peer credentials cannot be had");
             return;

@@ -1,4 +1,5 @@
-//! The calls that the safe crates do not have: `fork`, `pidfd_open`, `SO_PASSRIGHTS`, `mallopt`.
+//! The calls that the safe crates do not have: `fork`, pidfds, inherited descriptors, `SO_PASSRIGHTS`, `mallopt`, the owner of a
+//! namespace.
 //!
 //! The only module of this crate with `unsafe`.
 #![expect(unsafe_code, reason = "raw system calls without a safe wrapper in nix")]
@@ -7,7 +8,7 @@ use std::{
     fs::File,
     io,
     os::{
-        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
         unix::fs::MetadataExt,
     },
 };
@@ -53,6 +54,22 @@ pub(crate) fn pidfd_open(pid: Pid) -> io::Result<OwnedFd> {
     }
     // SAFETY: the kernel just made this descriptor for us, with close-on-exec, and nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Sends SIGTERM to the process of a pidfd.
+pub(crate) fn terminate(process: &OwnedFd) -> io::Result<()> {
+    let no_more = std::ptr::null::<libc::siginfo_t>();
+    // SAFETY: three integers and a null pointer, which the kernel takes for "as kill(2)".
+    let sent =
+        unsafe { libc::syscall(libc::SYS_pidfd_send_signal, process.as_raw_fd(), libc::SIGTERM, no_more, 0) };
+    if sent == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Takes a descriptor that was inherited under this number. To be called once for each, before this process has opened
+/// anything that stays.
+pub(crate) fn adopt(inherited: RawFd) -> OwnedFd {
+    // SAFETY: nothing here has opened it, so nothing else owns it; that it is open at all the caller has seen.
+    unsafe { OwnedFd::from_raw_fd(inherited) }
 }
 
 /// Has the kernel refuse descriptors that a peer wants to pass, where it can (Linux 6.16). Elsewhere there is no room

@@ -14,6 +14,7 @@ pub mod kmsctl;
 pub mod process;
 pub mod programs;
 pub mod shield;
+pub mod start;
 pub mod sys;
 pub mod systemd;
 pub mod wire;

@@ -8,7 +8,7 @@ use std::{
     alloc::{GlobalAlloc, Layout, System},
     io,
     mem::{MaybeUninit, size_of},
-    os::fd::{FromRawFd, OwnedFd},
+    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
     sync::atomic::{AtomicUsize, Ordering::Relaxed},
 };
 
@@ -61,6 +61,74 @@ pub fn pidfd_open(pid: i32) -> Option<OwnedFd> {
     let fd = i32::try_from(fd).ok().filter(|fd| *fd >= 0)?;
     // SAFETY: the kernel made this descriptor just now, and nobody else knows it.
     Some(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// The answer of a system call that gives a number.
+fn answer(result: libc::c_long) -> io::Result<libc::c_long> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+fn new_descriptor(result: libc::c_long) -> io::Result<OwnedFd> {
+    let fd = i32::try_from(answer(result)?).map_err(io::Error::other)?;
+    // SAFETY: the kernel made this descriptor just now, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Takes a copy of a descriptor of another process.
+///
+/// # Errors
+/// What the kernel says.
+pub fn pidfd_getfd(process: BorrowedFd<'_>, descriptor: i32) -> io::Result<OwnedFd> {
+    // SAFETY: three integers.
+    new_descriptor(unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), descriptor, 0) })
+}
+
+/// Asks whether another process has the same descriptors as this one; says how the two compare.
+///
+/// # Errors
+/// What the kernel says.
+pub fn kcmp_files(pid: i32) -> io::Result<i64> {
+    const KCMP_FILES: libc::c_int = 2;
+    // SAFETY: five integers.
+    answer(unsafe { libc::syscall(libc::SYS_kcmp, libc::getpid(), pid, KCMP_FILES, 0, 0) })
+}
+
+/// Counts the processor time of another process, in its own code.
+///
+/// # Errors
+/// What the kernel says.
+pub fn perf_event_open(pid: i32) -> io::Result<OwnedFd> {
+    const LEN: usize = 64; // the first version of the structure, PERF_ATTR_SIZE_VER0
+    let mut attributes = [0u64; LEN / 8];
+    attributes[0] = 1 | (LEN as u64) << 32; // PERF_TYPE_SOFTWARE
+    attributes[1] = 1; // PERF_COUNT_SW_TASK_CLOCK
+    attributes[5] = 1 | 1 << 5 | 1 << 6; // disabled, without kernel and hypervisor
+    // SAFETY: a pointer to a live structure that tells its own length, and four integers.
+    new_descriptor(unsafe { libc::syscall(libc::SYS_perf_event_open, attributes.as_ptr(), pid, -1, -1, 0) })
+}
+
+/// Asks on which node of memory the page at `address` of another process lies.
+///
+/// # Errors
+/// What the kernel says.
+pub fn page_node(pid: i32, address: u64) -> io::Result<i32> {
+    let (pages, mut node) = ([address], 0i32);
+    let nowhere = std::ptr::null::<i32>();
+    // SAFETY: one address to look at, which is not dereferenced here, no target, and a place for one answer.
+    let result =
+        unsafe { libc::syscall(libc::SYS_move_pages, pid, 1, pages.as_ptr(), nowhere, &raw mut node, 0) };
+    answer(result).map(|_| node)
+}
+
+/// Asks for the address of the list of locks of another process.
+///
+/// # Errors
+/// What the kernel says.
+pub fn robust_list(pid: i32) -> io::Result<usize> {
+    let (mut head, mut len) = (0usize, 0usize);
+    // SAFETY: an integer, and two places for an address and a length.
+    answer(unsafe { libc::syscall(libc::SYS_get_robust_list, pid, &raw mut head, &raw mut len) })?;
+    Ok(head)
 }
 
 /// Who runs first.

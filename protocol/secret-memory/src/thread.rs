@@ -5,7 +5,7 @@
 
 use std::{
     io,
-    sync::mpsc::sync_channel,
+    sync::{Arc, Barrier, OnceLock},
     thread::{Builder, JoinHandle},
 };
 
@@ -26,20 +26,25 @@ pub fn spawn_locked<T: Send + 'static>(
     policy: Policy,
     work: impl FnOnce(Backing) -> T + Send + 'static,
 ) -> Result<JoinHandle<Option<T>>, RegionError> {
-    let (tell, told) = sync_channel(1);
-    let no_thread = |error: &io::Error| {
+    let no_thread = |error: io::Error| {
         RegionError::from_call(Call::Thread, error.raw_os_error().unwrap_or(libc::EAGAIN), stack_len)
     };
+    let met = Arc::new((Barrier::new(2), OnceLock::new()));
+    let there = Arc::clone(&met);
     let thread = Builder::new()
         .name(name.to_owned())
         .stack_size(stack_len)
         .spawn(move || {
             let backing = backing_of(sys::lock_own_stack(), policy == Policy::Preferred);
-            // Whoever started it waits for this.
-            let _ = tell.send(backing.map(|_| ()));
+            let (barrier, locked) = &*there;
+            // It is set here alone.
+            let _ = locked.set(backing.map(|_| ()));
+            // Nor does the work begin before the start of the thread is over at the other end: it may close a sandbox.
+            barrier.wait();
             backing.ok().map(work)
         })
-        .map_err(|error| no_thread(&error))?;
-    told.recv().map_err(|_| no_thread(&io::ErrorKind::Interrupted.into()))??;
-    Ok(thread)
+        .map_err(no_thread)?;
+    let (barrier, locked) = &*met;
+    barrier.wait();
+    locked.get().copied().unwrap_or(Ok(())).map(|()| thread)
 }

@@ -3,6 +3,8 @@
 //! One binary, so that the scenarios share the machine's cores; each starts an agent of its own and, unless it says
 //! otherwise, ends with that agent stopped, its folder empty and no panic counted.
 
+mod activated;
+mod bare;
 mod batch;
 mod constraints;
 mod desk;
@@ -16,5 +18,8 @@ mod memory;
 mod operations;
 mod pairs;
 mod peers;
+mod place;
 mod start;
 mod statuses;
+mod stdio;
+mod ways;

@@ -2,12 +2,13 @@
 
 use std::{
     fs,
+    path::Path,
     process::{Command, Stdio},
 };
 
 use kms_protocol::{KeyAndContext, KeyRef, NoFields, Opcode, Status};
 use kms_tests::{
-    ALICE, Agent,
+    ALICE, Agent, Wire,
     agent::fresh_folder,
     canary::Canaries,
     process::{Strace, ends_within, output, ranges, send_signal, status_number, wait_until},
@@ -36,18 +37,36 @@ fn assert_locked(pid: i32) {
     assert_eq!(pre_key, 16 * 1024, "the pre-key lies in secretmem, where this kernel has it");
 }
 
+/// One key.
+const CONFIG: &str = "limits.keys = 1\n";
+
+/// Has an agent that was started with [`CONFIG`] read another configuration, and waits until that is in force.
+fn reload(pid: i32, config: &Path, wire: &mut Wire) {
+    wire.generate("a").unwrap();
+    assert_eq!(wire.generate("b").map(|_| ()), Err(Status::Limit));
+    fs::write(config, "limits.keys = 2\n").unwrap();
+    send_signal(pid, Signal::SIGHUP);
+    wait_until("the configuration is in force", || wire.generate("b").is_ok());
+}
+
 #[test]
 fn memory_is_locked_in_the_foreground() {
     needs_root();
     for builder in [Agent::builder(), Agent::builder().uid(ALICE)] {
-        let agent = builder.start();
+        let agent = builder.config(CONFIG).start();
         assert_locked(agent.pid);
-        agent.as_owner(|| assert_eq!(agent.connect().fact("secret-memory"), "secretmem"));
+        std::os::unix::fs::chown(agent.config(), Some(agent.uid()), None).unwrap();
+        agent.as_owner(|| {
+            let mut wire = agent.connect();
+            assert_eq!(wire.fact("secret-memory"), "secretmem");
+            reload(agent.pid, &agent.config(), &mut wire);
+        });
+        assert_locked(agent.pid);
     }
 }
 
 /// The environment of an agent that a shell starts.
-fn clean(command: &mut Command, folder: &std::path::Path) {
+fn clean(command: &mut Command, folder: &Path) {
     command
         .env_clear()
         .env("PATH", std::env::var_os("PATH").unwrap())
@@ -58,28 +77,40 @@ fn clean(command: &mut Command, folder: &std::path::Path) {
 #[test]
 fn memory_is_locked_in_the_background_too() {
     let folder = fresh_folder(0o700);
+    let config = folder.path().join("config");
+    fs::write(&config, CONFIG).unwrap();
     let mut command = Command::new(program("kms-agent"));
-    clean(command.arg("--memory"), folder.path());
+    clean(command.args(["--memory", "--config"]).arg(&config), folder.path());
     let (status, stdout, stderr) = output(&mut command);
     assert!(status.success(), "{stderr}");
     let pid = stdout.split_once("KMS_AGENT_PID=").unwrap().1.split_once(';').unwrap().0.parse().unwrap();
     assert_locked(pid);
+    let socket = stdout.split_once("KMS_AUTH_SOCK=").unwrap().1.split_once(';').unwrap().0;
+    reload(pid, &config, &mut Wire::connect(Path::new(socket)));
+    assert_locked(pid);
     send_signal(pid, Signal::SIGTERM);
     assert!(ends_within(pid, kms_tests::process::PATIENCE));
+    fs::remove_file(&config).unwrap();
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0, "its folder is gone");
 }
 
 #[test]
 fn memory_is_locked_behind_a_command() {
     let folder = fresh_folder(0o700);
+    let config = folder.path().join("config");
+    fs::write(&config, CONFIG).unwrap();
     let mut command = Command::new(program("kms-agent"));
     // The command waits for its stdin to end.
-    clean(command.args(["--memory", "sh", "-c", "echo $KMS_AGENT_PID; read line"]), folder.path());
+    let script = "echo $KMS_AGENT_PID $KMS_AUTH_SOCK; read line";
+    clean(command.args(["--memory", "--config"]).arg(&config).args(["sh", "-c", script]), folder.path());
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     let mut line = String::new();
     std::io::BufRead::read_line(&mut std::io::BufReader::new(child.stdout.take().unwrap()), &mut line)
         .unwrap();
-    let pid = line.trim().parse().unwrap();
+    let (pid, socket) = line.trim().split_once(' ').unwrap();
+    let pid = pid.parse().unwrap();
+    assert_locked(pid);
+    reload(pid, &config, &mut Wire::connect(Path::new(socket)));
     assert_locked(pid);
     drop(child.stdin.take());
     child.wait().unwrap();
