@@ -1,8 +1,8 @@
 //! Service managers of a test's own, on a machine whose first process need not be systemd: a user manager, and a booted system.
 //!
-//! Each lives in namespaces of its own (mounts, processes, and a booted one also its network), over the files of the machine, which
-//! it sees but cannot change, and in a control group of its own. When a lane is dropped, or its test is killed, all of that is gone. What is installed
-//! there is what `systemd/install` installs. The user of both is [`ALICE`], with a home, and [`BOB`] has one beside hers.
+//! Each, a lane, lives in namespaces of its own (mounts, processes, and a booted one also its network), over the files of the
+//! machine, which it sees but cannot change, and in a control group of its own. When a lane is dropped all of that is gone. The user
+//! of both is [`ALICE`], with a home, and [`BOB`] has one beside hers.
 
 use std::{
     env, fs,
@@ -78,7 +78,8 @@ exec unshare --pid --fork --kill-child --mount-proc -- sh -euc '
     . "$STAGE/functions"
     mount -t tmpfs -o mode=755 none /run
     # It was booted with systemd, says the first; the second is where it prepares the files of a service.
-    mkdir -p /run/systemd/system /run/systemd/unit-root /run/systemd/journal /run/systemd/journald.conf.d /run/kms-test "/run/user/$ALICE"
+    mkdir -p /run/systemd/system /run/systemd/unit-root /run/systemd/journal /run/systemd/journald.conf.d
+    mkdir -p /run/kms-test "/run/user/$ALICE"
     cp -r "$SOURCE" /run/kms-test/systemd
     cp -r "$BIN" /run/kms-test/bin
     homes ""
@@ -124,7 +125,8 @@ control_group
 mount -t tmpfs -o mode=755 none /run
 # Its own filter has no place for what the agent locks its memory and itself with, and for a look at the clock.
 exec systemd-nspawn --boot --directory="$root" --register=no --keep-unit --private-network --quiet --console=pipe \
-    --machine=kms-test --system-call-filter="@memlock memfd_secret landlock_create_ruleset landlock_add_rule landlock_restrict_self clock_adjtime" --bind-ro="$SOURCE:/run/kms-test/systemd" \
+    --system-call-filter="@memlock memfd_secret landlock_create_ruleset landlock_add_rule landlock_restrict_self clock_adjtime" \
+    --machine=kms-test --bind-ro="$SOURCE:/run/kms-test/systemd" \
     --bind-ro="$STAGE/bin:/run/kms-test/bin" systemd.unit=kms-test.target systemd.log_target=journal systemd.show_status=0
 "#;
 

@@ -1,7 +1,8 @@
 //! Tries what a sandbox is there to refuse, from inside.
 //!
 //! `sandboxed ATTEMPT…` makes each attempt in a process of its own and prints `ATTEMPT: done`, or the error or signal that it met.
-//! `sandboxed seize PID` does what a debugger begins with. `sandboxed listen NAME PATH` serves an abstract socket and one at PATH, for attempts to reach them. As `kms-test-setuid` it prints
+//! `sandboxed seize PID` does what a debugger begins with. `sandboxed listen NAME PATH` serves an abstract socket and one at PATH,
+//! for attempts to reach them. As `kms-test-setuid` it prints
 //! its effective uid. It changes nothing that outlives it but files with `kms-probe` in their name.
 
 use std::{

@@ -72,7 +72,6 @@ const SYSTEM_ROWS: &[Row] = &[
     ("inet-socket", &[], &["RestrictAddressFamilies"]),
     ("kernel-log", &[], &["ProtectKernelLogs"]),
     ("kernel-symbols", &[], &["ProtectKernelTunables"]),
-    ("machine-in-proc", &[], &["ProcSubset"]),
     ("modules", &[], &["ProtectKernelModules"]),
     ("mount", &["SystemCallErrorNumber"], &["SystemCallFilter"]),
     ("namespace", &[], &["RestrictNamespaces"]),
@@ -172,7 +171,8 @@ impl Probes<'_> {
         };
         let name = format!("kms-probe-{}", self.names.len());
         let text = format!(
-            "[Service]\nType=oneshot\nExecStart={PROGRAMS}/kms-test-sandboxed {attempts}\nEnvironment={}\nStandardOutput=truncate:{out}/{name}\n{}\n",
+            "[Service]\nType=oneshot\nExecStart={PROGRAMS}/kms-test-sandboxed {attempts}\n\
+             Environment={}\nStandardOutput=truncate:{out}/{name}\n{}\n",
             self.environment,
             directives.join("\n")
         );

@@ -79,7 +79,8 @@ fn a_system_serves_its_own_user_and_each_user_has_an_agent_of_his_own() {
     send_signal(lane.outside(first), Signal::SIGKILL);
     let second = next_main_pid(&lane, MANAGER, first);
     assert_eq!(show("NRestarts"), "1");
-    let drop_in = "mkdir -p /etc/systemd/system/kms-agent.service.d && printf '[Service]\\nWatchdogSec=2\\n' >/etc/systemd/system/kms-agent.service.d/test.conf";
+    let drop_in = "folder=/etc/systemd/system/kms-agent.service.d && mkdir -p $folder && \
+                   printf '[Service]\\nWatchdogSec=2\\n' >$folder/test.conf";
     done(lane.root("sh").args(["-euc", drop_in]));
     control(&["daemon-reload"]);
     control(&["restart", SERVICE]);

@@ -151,7 +151,8 @@ fn a_user_enables_the_agent_once_and_it_is_there() {
 
     // What hangs is ended by the watchdog and started again. (30 s would be long for a test.)
     assert_eq!(show("WatchdogUSec"), "30s");
-    let drop_in = "mkdir -p ~/.config/systemd/user/kms-agent.service.d && printf '[Service]\\nWatchdogSec=2\\n' >~/.config/systemd/user/kms-agent.service.d/test.conf";
+    let drop_in = "folder=~/.config/systemd/user/kms-agent.service.d && mkdir -p $folder && \
+                   printf '[Service]\\nWatchdogSec=2\\n' >$folder/test.conf";
     done(lane.user_command("sh").args(["-euc", drop_in]));
     control(&["daemon-reload"]);
     control(&["restart", SERVICE]);
