@@ -16,6 +16,7 @@ pub mod programs;
 pub mod shield;
 pub mod start;
 pub mod sys;
+pub mod systemd;
 pub mod wire;
 
 pub use agent::{Agent, AgentBuilder, Ended, fresh_folder};

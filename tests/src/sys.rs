@@ -200,3 +200,129 @@ pub fn before_and_after_drop<T>(value: T) -> (Vec<u8>, Vec<u8>) {
     let after = bytes_of(&slot);
     (before, after)
 }
+
+/// What a sandbox may refuse, as single calls that change nothing that outlives the process.
+#[derive(Clone, Copy, Debug)]
+pub enum Attempt {
+    /// Reads the state of the clock through the call that sets it.
+    Clock,
+    /// A new host name, to be tried in a namespace of its own.
+    HostName,
+    /// A socket to the network.
+    InetSocket,
+    /// Asks which Landlock there is.
+    Landlock,
+    /// A change of the mounts, to be tried in a namespace of its own.
+    Mount,
+    /// A system call of a 32-bit program.
+    OtherArchitecture,
+    /// Programs at known addresses.
+    Personality,
+    /// The priority that it has already.
+    Priority,
+    /// A real-time policy, with a priority that the kernel refuses; whoever gets that far may ask.
+    Realtime,
+    /// Asks whether filters can kill.
+    Seccomp,
+    /// A region of secret memory.
+    SecretMemory,
+    /// Traces another process, without stopping it.
+    Seize(i32),
+    /// The segment of shared memory with the number of [`share_memory`].
+    SharedMemory,
+    /// Being traced by the parent.
+    Trace,
+    /// Memory that can be written and run.
+    WriteAndRun,
+}
+
+const SHARED_KEY: libc::key_t = 0x6b6d73;
+
+/// Makes a segment of System V memory that goes with its namespace.
+///
+/// # Errors
+/// As the kernel says.
+pub fn share_memory() -> io::Result<()> {
+    // SAFETY: three integers.
+    check(libc::c_long::from(unsafe { libc::shmget(SHARED_KEY, 4096, libc::IPC_CREAT | 0o666) }))
+}
+
+fn check(status: libc::c_long) -> io::Result<()> {
+    if status == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Makes the attempt.
+///
+/// # Errors
+/// As the kernel, or what is before it, says.
+pub fn attempt(attempt: Attempt) -> io::Result<()> {
+    const ADDR_NO_RANDOMIZE: libc::c_ulong = 0x0004_0000;
+    const LANDLOCK_CREATE_RULESET_VERSION: libc::c_ulong = 1;
+    let null = std::ptr::null_mut::<libc::c_void>();
+    // SAFETY: integers, null pointers where the call allows them, and pointers to values that live until after the call. Whatever is
+    // made is not touched: descriptors and mappings stay until the process, which does nothing else, ends.
+    unsafe {
+        match attempt {
+            Attempt::Clock => {
+                let mut state: libc::timex = std::mem::zeroed();
+                check(libc::adjtimex(&raw mut state).into())
+            }
+            Attempt::HostName => check(libc::sethostname(c"kms-probe".as_ptr(), 9).into()),
+            Attempt::InetSocket => check(libc::socket(libc::AF_INET, libc::SOCK_DGRAM, 0).into()),
+            Attempt::Landlock => check(libc::syscall(
+                libc::SYS_landlock_create_ruleset,
+                null,
+                0,
+                LANDLOCK_CREATE_RULESET_VERSION,
+            )),
+            Attempt::Mount => {
+                let flags = libc::MS_REC | libc::MS_PRIVATE;
+                check(libc::mount(c"none".as_ptr(), c"/".as_ptr(), std::ptr::null(), flags, null).into())
+            }
+            Attempt::OtherArchitecture => other_architecture(),
+            Attempt::Personality => check(libc::personality(ADDR_NO_RANDOMIZE).into()),
+            Attempt::Priority => check(libc::setpriority(libc::PRIO_PROCESS, 0, 0).into()),
+            Attempt::Realtime => {
+                let parameters = libc::sched_param { sched_priority: 0 };
+                match check(libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const parameters).into()) {
+                    Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+                    other => other,
+                }
+            }
+            Attempt::Seccomp => {
+                let action: u32 = libc::SECCOMP_RET_KILL_PROCESS;
+                check(libc::syscall(libc::SYS_seccomp, libc::SECCOMP_GET_ACTION_AVAIL, 0, &raw const action))
+            }
+            Attempt::SecretMemory => check(libc::syscall(libc::SYS_memfd_secret, 0)),
+            Attempt::Seize(pid) => check(libc::ptrace(libc::PTRACE_SEIZE, pid, null, null)),
+            Attempt::SharedMemory => check(libc::shmget(SHARED_KEY, 0, 0).into()),
+            Attempt::Trace => check(libc::ptrace(libc::PTRACE_TRACEME, 0, null, null)),
+            Attempt::WriteAndRun => {
+                let protection = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
+                let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+                let mapped = libc::mmap(null, 4096, protection, flags, -1, 0);
+                check(if mapped == libc::MAP_FAILED { -1 } else { 0 })
+            }
+        }
+    }
+}
+
+/// `getpid` of the 32-bit table, which this one answers too where the kernel was built for it.
+#[cfg(target_arch = "x86_64")]
+fn other_architecture() -> io::Result<()> {
+    let result: i32;
+    // SAFETY: the call takes no arguments and returns in eax; the kernel preserves the other registers or they are declared.
+    unsafe {
+        std::arch::asm!("int 0x80", inlateout("eax") 20 => result, out("r8") _, out("r9") _, out("r10") _, out("r11") _);
+    }
+    if result.cast_unsigned() == std::process::id() {
+        Ok(())
+    } else {
+        Err(io::Error::from_raw_os_error(-result))
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn other_architecture() -> io::Result<()> {
+    Err(io::Error::other("this test knows the other calls of x86-64 alone"))
+}
