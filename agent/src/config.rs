@@ -4,6 +4,7 @@
 //! unknown key, a wrong type or a value out of bounds is an error that names the place; nothing is guessed.
 
 use std::{
+    fmt,
     fs::File,
     io::{self, Read},
     path::{Path, PathBuf},
@@ -23,7 +24,7 @@ const FRAME_MIN: usize = 128 * 1024;
 const LEN_MAX: u64 = 64 * 1024;
 
 /// The keys that a configuration may have.
-const KEYS: &[&str] = &["secret_memory", "sandbox", "idle_lock", "log", "limits"];
+const KEYS: &[&str] = &["secret_memory", "sandbox", "idle_lock", "lock_on", "log", "limits"];
 const LIMIT_KEYS: &[&str] = &["frame", "connections_per_uid", "connections", "keys"];
 
 /// Counts and sizes that the agent does not go beyond.
@@ -68,6 +69,34 @@ impl Default for Limits {
     }
 }
 
+/// What the keys do not outlive.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LockOn {
+    /// The lock of a session of this user.
+    pub session: bool,
+    /// The sleep of the machine.
+    pub sleep: bool,
+}
+
+impl LockOn {
+    /// True when there is nothing to be watched.
+    #[must_use]
+    pub fn is_empty(self) -> bool {
+        self == Self::default()
+    }
+}
+
+impl fmt::Display for LockOn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match (self.session, self.sleep) {
+            (false, false) => "nothing",
+            (true, false) => "session",
+            (false, true) => "sleep",
+            (true, true) => "session and sleep",
+        })
+    }
+}
+
 /// The configuration.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -77,13 +106,21 @@ pub struct Config {
     pub sandbox: Sandbox,
     /// How much is logged; where nothing is said, it is up to who starts the agent.
     pub log: Option<LevelFilter>,
+    /// What the keys do not outlive.
+    pub lock_on: LockOn,
     /// Counts and sizes.
     pub limits: Limits,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { secret_memory: Policy::Auto, sandbox: Sandbox::Required, log: None, limits: Limits::default() }
+        Self {
+            secret_memory: Policy::Auto,
+            sandbox: Sandbox::Required,
+            log: None,
+            lock_on: LockOn::default(),
+            limits: Limits::default(),
+        }
     }
 }
 
@@ -139,6 +176,16 @@ pub enum ConfigError {
         /// The key that is most like it.
         nearest: String,
     },
+    /// A value that needs what was not built in.
+    #[error("the configuration {path} sets {key}, which this build lacks (cargo feature {feature})")]
+    Lacking {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        key: &'static str,
+        /// The feature that has it.
+        feature: &'static str,
+    },
     /// A value that cannot be.
     #[error("the configuration {path} sets {key} to what it cannot be; allowed: {allowed}")]
     Value {
@@ -158,6 +205,7 @@ struct RawConfig {
     sandbox: Option<String>,
     idle_lock: Option<String>,
     log: Option<String>,
+    lock_on: Vec<String>,
     limits: RawLimits,
 }
 
@@ -221,6 +269,16 @@ impl Config {
         if let Some(text) = raw.log {
             let allowed = "\"off\", \"error\", \"warn\", \"info\", \"debug\", \"trace\"";
             config.log = Some(text.parse().map_err(|_| value("log", allowed))?);
+        }
+        for event in &raw.lock_on {
+            match event.as_str() {
+                "session" => config.lock_on.session = true,
+                "sleep" => config.lock_on.sleep = true,
+                _ => return Err(value("lock_on", "a list of \"session\", \"sleep\"")),
+            }
+        }
+        if !config.lock_on.is_empty() && !cfg!(feature = "logind") {
+            return Err(ConfigError::Lacking { path: path.to_owned(), key: "lock_on", feature: "logind" });
         }
         let limits = &mut config.limits;
         if let Some(frame) = raw.limits.frame {
@@ -329,12 +387,31 @@ mod tests {
             ("[limits]\nframe = 1048577", "sets limits.frame"),
             ("[limits]\nkeys = 0", "sets limits.keys"),
             ("[limits]\nkeys = -1", "cannot be understood"),
+            ("lock_on = ['session', 'lid']", "sets lock_on to what it cannot be; allowed: a list of"),
+            ("lock_on = 'session'", "cannot be understood"),
             ("limits = 3", "cannot be understood"),
             ("log = ", "cannot be understood"),
         ] {
             let error = parse(text).unwrap_err();
             assert!(error.contains(message), "{text}: {error}");
         }
+    }
+
+    #[test]
+    #[cfg(feature = "logind")]
+    fn lock_on_is_a_list() {
+        let lock_on = |text| parse(text).unwrap().lock_on;
+        assert!(lock_on("").is_empty() && lock_on("lock_on = []").is_empty());
+        assert_eq!(lock_on("lock_on = ['session']"), LockOn { session: true, sleep: false });
+        assert_eq!(lock_on("lock_on = ['sleep', 'session', 'sleep']"), LockOn { session: true, sleep: true });
+    }
+
+    #[test]
+    #[cfg(not(feature = "logind"))]
+    fn lock_on_needs_the_feature_that_watches() {
+        assert!(parse("lock_on = []").is_ok());
+        let error = parse("lock_on = ['sleep']").unwrap_err();
+        assert!(error.contains("sets lock_on, which this build lacks (cargo feature logind)"), "{error}");
     }
 
     #[test]

@@ -655,7 +655,7 @@ impl<R: Random, A: Audit> Core<R, A> {
                 self.audit.record(&Event::Locked { uid });
                 push(replies, request_id, &Locking { changed: true })
             }
-            //= docs/protocol.md#44-unlock
+            //= docs/protocol.md#47-unlock
             //# `locked` when the agent was told to lock while it worked on the passphrase.
             TicketPurpose::Unlock if forgotten != self.unasked.times() => Err(Status::Locked.into()),
             TicketPurpose::Unlock => {

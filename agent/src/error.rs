@@ -6,7 +6,12 @@ use kms_secret_memory::RegionError;
 use nix::errno::Errno;
 use thiserror::Error;
 
-use crate::{config::ConfigError, crypto::CryptoError, sandbox::SandboxError};
+use crate::{
+    config::{ConfigError, LockOn},
+    crypto::CryptoError,
+    monitor::WatchError,
+    sandbox::SandboxError,
+};
 
 /// What stops the start.
 #[derive(Debug, Error)]
@@ -45,6 +50,12 @@ pub(crate) enum StartError {
     Command(io::Error),
     #[error("cannot serve standard input and output: {0}")]
     Stdio(io::Error),
+    #[error("cannot start the monitor: {0}")]
+    Monitor(io::Error),
+    #[error("cannot lock on {on}: {source}")]
+    Watch { on: LockOn, source: WatchError },
+    #[error("the monitor has ended: nothing would lock on {on}")]
+    Unwatched { on: LockOn },
 }
 
 /// What is wrong with the place of the socket.
@@ -149,6 +160,9 @@ impl StartError {
             }
             Self::Sandbox(_) => Some("sandbox = \"preferred\" in the configuration starts without"),
             Self::OverflowUid(_) => Some("run it under a uid of its own; in a user namespace that maps one"),
+            Self::Watch { .. } => Some(
+                "lock_on needs D-Bus and systemd-logind (or elogind); without them take it out of the configuration",
+            ),
             _ => None,
         }
     }

@@ -401,7 +401,7 @@ impl Keyring {
         let State::Open(open) = &mut self.state else { return 0 };
         let keys = open.len();
         match Shield::new(self.memory, random) {
-            Ok(shield) => *open = Box::new(OpenKeys::new(shield)),
+            Ok(shield) => **open = OpenKeys::new(shield),
             // Under the old pre-key there is nothing left.
             Err(_) => {
                 let slots = u32::try_from(open.records.len()).unwrap_or(u32::MAX);

@@ -1,7 +1,7 @@
 //! kms-agent: ssh-agent for data keys.
 //!
-//! Owns the order of the start: not dumpable, arguments, configuration, background (the last fork), socket, Landlock, threads
-//! with locked stacks, secret memory, seccomp, ready. See `docs/architecture.md`. No secret exists before the last fork, and no
+//! Owns the order of the start: not dumpable, arguments, configuration, background, monitor (the last fork), socket,
+//! Landlock, threads with locked stacks, secret memory, seccomp, ready. See `docs/architecture.md`. No secret exists before the last fork, and no
 //! request is read before the sandbox is closed.
 
 mod activation;
@@ -18,6 +18,7 @@ pub mod keyring;
 mod launch;
 mod log;
 mod manual;
+mod monitor;
 mod process;
 mod pump;
 pub mod reply;
@@ -50,6 +51,7 @@ use nix::{
         resource::{Resource, getrlimit, setrlimit},
         signal::{SigSet, Signal},
         signalfd::{SfdFlags, SignalFd},
+        socket::{setsockopt, sockopt},
         stat::{Mode, umask},
     },
     unistd::{Pid, pipe},
@@ -65,6 +67,7 @@ use crate::{
     keyring::Keyring,
     launch::{Launched, Ready},
     log::{Log, level},
+    monitor::{Monitor, MonitorEvent},
     process::Protection,
     sandbox::{Allowed, SandboxError},
     server::{Server, Source, Wake, now},
@@ -117,7 +120,7 @@ fn protect() -> Result<(), StartError> {
     setrlimit(Resource::RLIMIT_NOFILE, descriptors, descriptors).map_err(failed("RLIMIT_NOFILE"))?;
     umask(Mode::from_bits_truncate(0o077));
     sys::share_heap();
-    Ok(())
+    sys::default_faults().map_err(StartError::Runtime)
 }
 
 /// Does in this order what needs more rights than the agent keeps, and leaves the rest to a thread whose stack is locked.
@@ -131,6 +134,8 @@ fn serve(
 ) -> Result<Infallible, StartError> {
     protect()?;
     let uid = process::own_uid()?;
+    let mut monitor = Monitor::start()?;
+    monitor.watch_at_start(config.lock_on)?;
     let log = Log::start(level(args.is_read_along(), &config));
     // Opened while the parent is certainly there, since it waits for readiness.
     let until = until.map(sys::pidfd_open).transpose().map_err(StartError::Command)?;
@@ -169,12 +174,22 @@ fn serve(
     let memory = config.secret_memory;
     let work = move |stack| {
         protection.stacks(stack);
-        let agent =
-            Agent { uid, surroundings, config, socket, peer, signals, until, service, log, protection };
+        let agent = Agent {
+            uid,
+            surroundings,
+            config,
+            socket,
+            peer,
+            signals,
+            until,
+            monitor,
+            service,
+            log,
+            protection,
+        };
         // A panic outside every request was told by the hook.
         let ended = catch_unwind(AssertUnwindSafe(|| agent.run(ready))).unwrap_or(Err(StartError::Panicked));
-        // Here and not by the thread's end, which takes system calls that nothing else needs.
-        std::process::exit(match ended {
+        sys::exit(match ended {
             Ok(()) => 0,
             Err(error) => {
                 error.report();
@@ -201,6 +216,8 @@ impl Stdio {
     /// With the server's end of the connection, and what can be read when it is over.
     fn new() -> io::Result<(Self, UnixStream, OwnedFd)> {
         let (peer, served) = UnixStream::pair()?;
+        // Before anything is sent there, as on a listener.
+        setsockopt(&served, sockopt::PassCred, &true)?;
         let (until, over) = pipe()?;
         Ok((Self { peer, over }, served, until))
     }
@@ -251,6 +268,7 @@ struct Agent {
     peer: Option<UnixStream>,
     signals: SignalFd,
     until: Option<OwnedFd>,
+    monitor: Monitor,
     service: Option<Service>,
     log: Log,
     protection: Protection,
@@ -275,6 +293,9 @@ impl Agent {
         server.wake_by(&self.signals, Source::Signals).map_err(StartError::Runtime)?;
         if let Some(command) = &self.until {
             server.wake_by(command, Source::Command).map_err(StartError::Runtime)?;
+        }
+        if let Some(events) = self.monitor.descriptor() {
+            server.wake_by(events, Source::Monitor).map_err(StartError::Runtime)?;
         }
         if let Some(beat) = self.service.as_ref().and_then(Service::beat) {
             server.beat_every(beat);
@@ -304,6 +325,7 @@ impl Agent {
         loop {
             match server.serve().map_err(StartError::Runtime)? {
                 Wake::Readable(Source::Command) => return Ok(()),
+                Wake::Readable(Source::Monitor) => self.attend_monitor(server)?,
                 Wake::Readable(Source::Signals) => {
                     let signal =
                         self.signals.read_signal().map_err(|errno| StartError::Runtime(errno.into()))?;
@@ -324,12 +346,39 @@ impl Agent {
         }
     }
 
+    /// Does what the monitor tells. An error is the end of the agent: what it was to lock on would pass unseen.
+    fn attend_monitor(&mut self, server: &mut Server<KernelRandom, LogAudit>) -> Result<(), StartError> {
+        while let Some(event) = self.monitor.event() {
+            match event {
+                MonitorEvent::Lock(reason) => {
+                    server.core().forget(reason, now());
+                    // A monitor that is gone tells so itself.
+                    let _ = self.monitor.done(reason);
+                }
+                MonitorEvent::Watching(on) => tracing::info!(%on, "keys are forgotten on it"),
+                MonitorEvent::Refused(error) => tracing::error!(%error, "what is locked on stays as it was"),
+                MonitorEvent::Ended if self.monitor.watched().is_empty() => {
+                    tracing::warn!("the monitor has ended");
+                }
+                MonitorEvent::Ended => {
+                    server.core().forget(Reason::MonitorEnded, now());
+                    return Err(StartError::Unwatched { on: self.monitor.watched() });
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Reads the configuration again; a bad file leaves the old one in force.
     fn reload(&mut self, server: &mut Server<KernelRandom, LogAudit>) {
         match self.surroundings.file.read() {
             Ok(config) => {
                 server.core().set_limits(self.surroundings.limits(&config));
                 self.log.set_level(level(self.surroundings.is_read_along, &config));
+                // The answer comes as an event.
+                if let Err(error) = self.monitor.watch(config.lock_on) {
+                    tracing::error!(%error, "what is locked on stays as it was");
+                }
                 tracing::info!("read the configuration again");
             }
             Err(error) => tracing::error!(%error, "the old configuration stays in force"),

@@ -110,7 +110,11 @@ pub(crate) fn own_uid() -> Result<u32, StartError> {
 
 /// What a uid or gid looks like that a user namespace does not know.
 fn overflow_id(name: &str) -> Result<u32, StartError> {
-    let text = std::fs::read_to_string(format!("/proc/sys/kernel/{name}")).map_err(StartError::Namespace)?;
+    let text = match std::fs::read_to_string(format!("/proc/sys/kernel/{name}")) {
+        // Hidden by `ProcSubset=pid`; this is what it is unless somebody changed it.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(65534),
+        text => text.map_err(StartError::Namespace)?,
+    };
     text.trim().parse().map_err(|_| StartError::Namespace(std::io::ErrorKind::InvalidData.into()))
 }
 

@@ -143,7 +143,6 @@ fn filter(relays: bool) -> Result<BpfProgram, SandboxError> {
         // The end.
         libc::SYS_unlink,
         libc::SYS_rmdir,
-        libc::SYS_sigaltstack,
         libc::SYS_exit_group,
         // Not a call: what the kernel sees when a tracer has taken one away.
         i64::from(u32::MAX),
@@ -177,6 +176,9 @@ fn filter(relays: bool) -> Result<BpfProgram, SandboxError> {
     only(libc::SYS_getsockopt, vec![socket_option(libc::SO_PEERCRED)?])?;
     let (credentials, descriptors) = (libc::SO_PASSCRED, crate::sys::SO_PASSRIGHTS);
     only(libc::SYS_setsockopt, vec![socket_option(credentials)?, socket_option(descriptors)?])?;
+    // What a refused lock of memory says of the limit; none is set, and no other process is asked about.
+    let unset = SeccompCondition::new(2, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0)?;
+    only(libc::SYS_prlimit64, vec![vec![word(0, 0)?, unset]])?;
     // The terminal is given back, once the agent is ready.
     only(libc::SYS_dup2, vec![vec![flags(1, !3, 0)?]])?;
     if cfg!(debug_assertions) {

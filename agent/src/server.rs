@@ -99,6 +99,7 @@ impl Key {
     const WORK: Self = Self(u64::MAX - 2);
     const SIGNALS: Self = Self(u64::MAX - 3);
     const COMMAND: Self = Self(u64::MAX - 4);
+    const MONITOR: Self = Self(u64::MAX - 5);
 
     fn new(place: u32, generation: u32) -> Self {
         Self(u64::from(generation) << 32 | u64::from(place))
@@ -126,6 +127,8 @@ pub(crate) enum Source {
     Signals,
     /// The command that the agent was started for; readable when it has ended.
     Command,
+    /// The monitor, which has something to tell.
+    Monitor,
 }
 
 impl Source {
@@ -133,6 +136,7 @@ impl Source {
         match self {
             Self::Signals => Key::SIGNALS,
             Self::Command => Key::COMMAND,
+            Self::Monitor => Key::MONITOR,
         }
     }
 }
@@ -288,6 +292,7 @@ impl<R: Random, A: Audit> Server<R, A> {
                     Key::WORK => self.take_results(),
                     Key::SIGNALS => wake = Some(Wake::Readable(Source::Signals)),
                     Key::COMMAND => wake = Some(Wake::Readable(Source::Command)),
+                    Key::MONITOR => wake = Some(Wake::Readable(Source::Monitor)),
                     connection => self.attend(connection, event.events()),
                 }
             }

@@ -1,5 +1,5 @@
-//! The calls that the safe crates do not have: `fork`, pidfds, inherited descriptors, `SO_PASSRIGHTS`, `mallopt`, the owner of a
-//! namespace.
+//! The calls that the safe crates do not have: `fork`, `signal`, pidfds, inherited descriptors, `SO_PASSRIGHTS`, `mallopt`, the
+//! owner of a namespace.
 //!
 //! The only module of this crate with `unsafe`.
 #![expect(unsafe_code, reason = "raw system calls without a safe wrapper in nix")]
@@ -13,7 +13,10 @@ use std::{
     },
 };
 
-use nix::unistd::{ForkResult, Pid};
+use nix::{
+    sys::signal::{SigHandler, Signal, signal},
+    unistd::{ForkResult, Pid},
+};
 
 /// `SO_PASSRIGHTS` of Linux 6.16, which libc does not name yet.
 pub(crate) const SO_PASSRIGHTS: libc::c_int = 83;
@@ -24,11 +27,32 @@ pub(crate) fn fork() -> io::Result<ForkResult> {
     unsafe { nix::unistd::fork() }.map_err(io::Error::from)
 }
 
-/// Closes every descriptor above stderr but `kept`. To be called while this process has opened nothing else.
+/// Ignores these signals.
+pub(crate) fn ignore_signals(signals: &[Signal]) -> io::Result<()> {
+    dispose(signals, SigHandler::SigIgn)
+}
+
+/// Has a fault of memory end the process by its signal, as without a handler: that of the standard library, which names an
+/// overflow of the stack, takes calls that are not in the list.
+pub(crate) fn default_faults() -> io::Result<()> {
+    dispose(&[Signal::SIGSEGV, Signal::SIGBUS], SigHandler::SigDfl)
+}
+
+fn dispose(signals: &[Signal], to: SigHandler) -> io::Result<()> {
+    for disposed in signals {
+        // SAFETY: the callers ignore or take the default, so no code of ours ever runs in a handler.
+        unsafe { signal(*disposed, to) }?;
+    }
+    Ok(())
+}
+
+/// Closes every descriptor above stderr but `kept`. To be called while this process has opened nothing else, or in a child that
+/// never returns to what it was forked from.
 pub(crate) fn close_inherited(kept: Option<BorrowedFd<'_>>) -> io::Result<()> {
     const FIRST: libc::c_uint = 3;
     let close = |from: libc::c_uint, to: libc::c_uint| {
-        // SAFETY: three integers; nothing here owns a descriptor in the range, since `kept` alone was opened so far.
+        // SAFETY: three integers; nothing that still runs owns a descriptor in the range: `kept` alone was opened so
+        // far, or whatever owns the others is never used again, nor dropped.
         if from > to || unsafe { libc::close_range(from, to, 0) } == 0 {
             Ok(())
         } else {
@@ -54,6 +78,13 @@ pub(crate) fn pidfd_open(pid: Pid) -> io::Result<OwnedFd> {
     }
     // SAFETY: the kernel just made this descriptor for us, with close-on-exec, and nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Ends the process, and with it every thread, by the one system call that this takes: what the standard library does at the end
+/// takes others.
+pub(crate) fn exit(status: i32) -> ! {
+    // SAFETY: an integer; nothing of this process is used afterwards.
+    unsafe { libc::_exit(status) }
 }
 
 /// Sends SIGTERM to the process of a pidfd.

@@ -368,13 +368,16 @@ impl Agent {
         wait_for(&mut self.child);
     }
 
-    /// Waits for the end that a test has given it.
+    /// Waits until it ends by itself.
     ///
     /// # Panics
-    /// When it does not end.
-    pub fn ended(&mut self) -> ExitStatus {
+    /// When it does not.
+    #[must_use]
+    pub fn wait(mut self) -> Ended {
         self.over = true;
-        wait_for(&mut self.child)
+        let status = wait_for(&mut self.child);
+        self.stdout.read_to_string(&mut self.said).unwrap();
+        Ended { status, stdout: std::mem::take(&mut self.said), log: self.log() }
     }
 
     /// Ends it with SIGTERM.

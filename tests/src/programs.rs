@@ -40,6 +40,7 @@ const TOOLS: &[(&str, &str)] = &[
     ("awk", "mawk"),
     ("csh", "csh"),
     ("dd", "coreutils"),
+    ("dbus-daemon", "dbus-daemon"),
     ("env", "coreutils"),
     ("fish", "fish"),
     ("gcore", "gdb"),

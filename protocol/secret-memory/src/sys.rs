@@ -48,13 +48,15 @@ fn failed(call: Call, len: usize) -> RegionError {
     RegionError::from_call(call, io::Error::last_os_error().raw_os_error().unwrap_or(0), len)
 }
 
-/// Locks the stack of the calling thread, whole, and keeps it out of dumps. Pages are locked as they are touched, so that what
+/// Locks the stack of the calling thread, whole, and keeps it out of dumps and of children that it may fork. Pages are locked as they are touched, so that what
 /// is never used takes no memory; all of it counts against `RLIMIT_MEMLOCK`. For a thread that glibc made: the stack of the
 /// first one grows.
 pub(crate) fn lock_own_stack() -> Result<(), RegionError> {
     let (base, len) = own_stack()?;
-    // SAFETY: the range is mapped and this thread's own; neither call changes contents.
-    check(unsafe { libc::madvise(base.cast(), len, libc::MADV_DONTDUMP) }, Call::DontDump, len)?;
+    for (advice, call) in [(libc::MADV_DONTDUMP, Call::DontDump), (libc::MADV_DONTFORK, Call::DontFork)] {
+        // SAFETY: the range is mapped and this thread's own; neither advice changes contents.
+        check(unsafe { libc::madvise(base.cast(), len, advice) }, call, len)?;
+    }
     // SAFETY: as above.
     check(unsafe { libc::mlock2(base.cast(), len, libc::MLOCK_ONFAULT) }, Call::Mlock, len)
 }

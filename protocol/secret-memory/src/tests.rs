@@ -517,7 +517,11 @@ fn the_stack_of_a_thread_for_secrets_is_locked_whole_and_not_dumped() {
     let thread = spawn_locked("secrets", LEN, Policy::Auto, move |backing| (backing, own_stack())).unwrap();
     let (backing, stack) = thread.join().unwrap().unwrap();
     assert_eq!(backing, Backing::Mlock);
-    assert!(stack.end - stack.start >= LEN && stack.has("lo") && stack.has("dd"), "{:?}", stack.flags);
+    assert!(
+        stack.end - stack.start >= LEN && stack.has("lo") && stack.has("dd") && stack.has("dc"),
+        "{:?}",
+        stack.flags
+    );
     // The control: an ordinary thread has neither.
     let stack = std::thread::spawn(own_stack).join().unwrap();
     assert!(!stack.has("lo") && !stack.has("dd"), "{:?}", stack.flags);

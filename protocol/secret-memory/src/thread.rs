@@ -15,7 +15,8 @@ use crate::{
     sys,
 };
 
-/// Starts a thread with a stack of `stack_len` bytes that is locked and kept out of dumps, and has it do `work`, which is told
+/// Starts a thread with a stack of `stack_len` bytes that is locked and kept out of dumps and of forked children (one that it
+/// forks itself would have no stack), and has it do `work`, which is told
 /// what the stack became: [`Policy::Preferred`] may leave it unlocked, every other policy means mlock.
 ///
 /// # Errors

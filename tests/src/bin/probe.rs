@@ -157,7 +157,7 @@ const ATTEMPTS: &[(&str, Attempt)] = &[
         let told = fs::read_to_string(victim.file("wchan"))? != "0";
         told.then_some(()).ok_or_else(|| Errno::EPERM.into())
     }),
-    ("stack pointer in stat", |victim| {
+    ("start of the stack, in stat", |victim| {
         let stat = fs::read_to_string(victim.file("stat"))?;
         let told = stat.rsplit_once(')').unwrap().1.split_whitespace().nth(25).unwrap() != "0";
         told.then_some(()).ok_or_else(|| Errno::EPERM.into())

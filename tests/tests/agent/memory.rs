@@ -11,7 +11,7 @@ use kms_tests::{
     ALICE, Agent, Wire,
     agent::fresh_folder,
     canary::Canaries,
-    process::{Strace, ends_within, output, ranges, send_signal, status_number, wait_until},
+    process::{Strace, ends_within, output, ranges, send_signal, stack_pointers, status_number, wait_until},
     programs::{needs_root, program, tool},
     wire::{NO_CONTEXT, add_frame, frame, pipeline, random},
 };
@@ -20,8 +20,18 @@ use nix::sys::signal::Signal;
 /// Bytes of the pre-key, and of both buffers of the server.
 const LEAST_LOCKED_KIB: u64 = 16 + 64 + 64;
 
-/// Every locked range is out of dumps and of forked children, and they are what the kernel counts.
+/// Every locked range is out of dumps and of forked children, and they are what the kernel counts. The stacks of the threads that work
+/// are among them.
 fn assert_locked(pid: i32) {
+    let stacks = stack_pointers(pid);
+    let mut names: Vec<&str> = stacks.iter().map(|(name, _)| name.as_str()).collect();
+    names.sort_unstable();
+    assert_eq!(names, ["agent", "derivation"], "every thread but the first, which only waits");
+    for (name, pointer) in &stacks {
+        let ranges = ranges(pid);
+        let range = ranges.iter().find(|range| (range.start..range.end).contains(pointer)).unwrap();
+        assert!(range.has("lo"), "the stack of {name}: {range:?}");
+    }
     let locked = status_number(pid, "VmLck");
     assert!(locked >= LEAST_LOCKED_KIB, "VmLck is {locked} KiB");
     let mut sum = 0;
@@ -163,6 +173,11 @@ fn a_kernel_without_secretmem_gets_mlock_and_the_status_says_so() {
             let mut wire = agent.connect();
             assert_eq!(wire.fact("secret-memory"), "mlock");
             wire.generate("a").unwrap();
+            // An unlock takes a new region, within the sandbox.
+            assert_eq!(wire.lock(b"passphrase"), Ok(true));
+            assert_eq!(wire.unlock(b"passphrase"), Ok(true));
+            assert_eq!(wire.fact("secret-memory"), "mlock");
+            wire.encrypt("a", NO_CONTEXT, b"x").unwrap();
         });
     }
     let ended = Agent::builder()

@@ -36,11 +36,17 @@ impl Piped {
     /// Ends the requests; all that comes until the agent closes its end.
     fn finish(mut self) -> (ExitStatus, Vec<Reply>, String) {
         drop(self.0.stdin.take());
-        let (mut bytes, mut stderr) = (Vec::new(), String::new());
-        self.0.stdout.take().unwrap().read_to_end(&mut bytes).unwrap();
-        self.0.stderr.take().unwrap().read_to_string(&mut stderr).unwrap();
+        let (mut stdout, mut stderr) = (self.0.stdout.take().unwrap(), self.0.stderr.take().unwrap());
+        let replies = thread::spawn(move || {
+            let mut bytes = Vec::new();
+            stdout.read_to_end(&mut bytes).map(|_| bytes)
+        });
+        let status = wait_for(&mut self.0);
+        let mut log = String::new();
+        stderr.read_to_string(&mut log).unwrap();
+        let bytes = replies.join().unwrap().unwrap();
         // Nothing but whole frames: no message of the agent is among them.
-        (wait_for(&mut self.0), split_replies(&bytes), stderr)
+        (status, split_replies(&bytes), log)
     }
 }
 
@@ -195,6 +201,6 @@ fn there_is_no_second_way_beside_it() {
         assert!(stderr.contains("kms-agent: hint: "), "{stderr}");
     }
     let stderr = fails(&mut agent_command(folder.path(), &["--memory", "--stdio", "--config", "none"]), 1);
-    assert!(stderr.contains("cannot read the configuration none"), "{stderr}");
+    assert!(stderr.contains("cannot read the configuration /") && stderr.contains("/none: "), "{stderr}");
     assert!(is_empty(folder.path()));
 }

@@ -19,7 +19,7 @@ use nix::{
     unistd::Pid,
 };
 
-use super::{Victim, probe};
+use super::{EndsWithTest, Victim, probe};
 
 /// The ways in that no test may do without.
 const LEAST: usize = 35;
@@ -183,6 +183,7 @@ fn the_agent_is_closed_in_the_background_and_behind_a_command() {
     let (status, stdout, stderr) = output(&mut as_alice(&[]));
     assert!(status.success(), "{stderr}");
     let pid = stdout.split_once("KMS_AGENT_PID=").unwrap().1.split_once(';').unwrap().0.parse().unwrap();
+    let _background = EndsWithTest(pid);
     assert_closed("in the background", &probe, pid);
     send_signal(pid, Signal::SIGTERM);
     assert!(ends_within(pid, PATIENCE));

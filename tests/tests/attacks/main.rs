@@ -15,16 +15,18 @@ use std::{
     io::{BufRead, BufReader, Write},
     path::Path,
     process::{Child, Stdio},
+    time::Duration,
 };
 
 use kms_tests::{
     Agent, AgentBuilder,
     canary::Canaries,
-    process::wait_for,
+    process::{ends_within, send_signal, wait_for},
     programs::SharedCopy,
     shield::{Image, hmac_states},
     wire::{NO_CONTEXT, random},
 };
+use nix::sys::signal::Signal;
 
 /// The probe, where every user can run it.
 fn probe() -> SharedCopy {
@@ -82,6 +84,17 @@ impl Drop for Victim {
         drop(self.child.stdin.take());
         if !std::thread::panicking() {
             wait_for(&mut self.child);
+        }
+    }
+}
+
+/// An agent that is nobody's child, or whose parent would not end it: killed when its test fails.
+struct EndsWithTest(i32);
+
+impl Drop for EndsWithTest {
+    fn drop(&mut self) {
+        if std::thread::panicking() && !ends_within(self.0, Duration::ZERO) {
+            send_signal(self.0, Signal::SIGKILL);
         }
     }
 }

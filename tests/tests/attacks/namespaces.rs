@@ -30,6 +30,8 @@ use nix::{
     unistd::getuid,
 };
 
+use super::EndsWithTest;
+
 /// Another user, whom nobody has met yet.
 const CAROL: u32 = 1003;
 
@@ -121,6 +123,10 @@ fn in_a_pid_namespace_peers_without_a_pid_are_served_by_their_uid() {
     let lines: Vec<String> =
         BufReader::new(child.stdout.take().unwrap()).lines().take(2).map(Result::unwrap).collect();
     assert!(lines[1].starts_with("KMS_AGENT_PID=1;"), "{lines:?}");
+    // The program that waits for it is its parent here; inside, it is the first process and has its end in its own hands.
+    let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", child.id())).unwrap();
+    let pid: i32 = children.trim().parse().unwrap();
+    let _first = EndsWithTest(pid);
     fs::set_permissions(&socket, fs::Permissions::from_mode(0o666)).unwrap();
     for stranger in [BOB, 0] {
         as_uid(stranger, || is_refused(&socket));
@@ -128,9 +134,6 @@ fn in_a_pid_namespace_peers_without_a_pid_are_served_by_their_uid() {
         assert!(fs::read_to_string(&log).unwrap().contains(&refused), "it sees no pid");
     }
     as_uid(ALICE, || Wire::connect(&socket).ping().unwrap());
-    // The program that waits for it is its parent here; inside, it is the first process and has its end in its own hands.
-    let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", child.id())).unwrap();
-    let pid: i32 = children.trim().parse().unwrap();
     send_signal(pid, Signal::SIGTERM);
     assert!(ends_within(pid, PATIENCE));
     assert!(wait_for(&mut child).success());
