@@ -6,6 +6,7 @@ mod memory;
 mod plot;
 mod rates;
 mod small;
+mod start;
 
 use std::{
     env,
@@ -47,13 +48,15 @@ fn main() -> Outcome<()> {
         ["rates", folder] => rates::run(Some(Path::new(folder))),
         ["memory"] => memory::run(),
         ["files"] => files::run(1 << 30),
+        ["start"] => start::run(),
         [] => {
             small::run()?;
             rates::run(None)?;
             memory::run()?;
+            start::run()?;
             files::run(1 << 30)
         }
-        _ => Err("usage: kms-bench [small | rates [FOLDER] | memory | files]".into()),
+        _ => Err("usage: kms-bench [small | rates [FOLDER] | memory | start | files]".into()),
     }
 }
 
