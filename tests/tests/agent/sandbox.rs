@@ -284,7 +284,7 @@ fn a_kernel_without_a_part_of_the_sandbox_stops_the_start_unless_it_is_only_pref
             assert_eq!((landlock.as_str(), seccomp.as_str()), ("none", "filter"));
         } else {
             assert_eq!(seccomp, "none");
-            assert!(landlock.starts_with("level "));
+            assert!(landlock.starts_with(|c: char| c.is_ascii_digit()));
         }
         assert_eq!(status_number(agent.pid, "Seccomp"), if seccomp == "none" { 0 } else { 2 });
         assert!(agent.log().contains("a part of the sandbox is missing"), "{}", agent.log());
@@ -316,7 +316,7 @@ fn the_status_says_what_protects_the_process() {
         ] {
             assert_eq!(wire.fact(name), value, "{name}");
         }
-        assert!(wire.fact("landlock").starts_with("level "));
+        assert!(wire.fact("landlock").starts_with(|c: char| c.is_ascii_digit()));
     });
     assert_eq!((status_number(agent.pid, "Seccomp"), status_number(agent.pid, "NoNewPrivs")), (2, 1));
 }
