@@ -256,7 +256,7 @@ pub enum Attempt {
     OtherArchitecture,
     /// Programs at known addresses.
     Personality,
-    /// The priority that it has already.
+    /// The lowest priority, which anybody may take.
     Priority,
     /// A real-time policy, with a priority that the kernel refuses; whoever gets that far may ask.
     Realtime,
@@ -319,7 +319,7 @@ pub fn attempt(attempt: Attempt) -> io::Result<()> {
             }
             Attempt::OtherArchitecture => other_architecture(),
             Attempt::Personality => check(libc::personality(ADDR_NO_RANDOMIZE).into()),
-            Attempt::Priority => check(libc::setpriority(libc::PRIO_PROCESS, 0, 0).into()),
+            Attempt::Priority => check(libc::setpriority(libc::PRIO_PROCESS, 0, 19).into()),
             Attempt::Realtime => {
                 let parameters = libc::sched_param { sched_priority: 0 };
                 match check(libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const parameters).into()) {

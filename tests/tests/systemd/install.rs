@@ -33,11 +33,17 @@ impl Home {
     }
 
     fn command(&self, words: &[&str]) -> Command {
+        let mut command = self.as_user();
+        command.arg(self.bin.path().join("systemd/install")).arg("--bin").arg(self.bin.path()).args(words);
+        command
+    }
+
+    /// The user, with his home in the environment, and nothing else.
+    fn as_user(&self) -> Command {
         let mut command = programs::tool("setpriv");
         let ids = [format!("--reuid={ALICE}"), format!("--regid={ALICE}"), "--clear-groups".to_owned()];
         command.args(ids).arg("env").arg("-i").arg(format!("HOME={}", self.home.path().display()));
-        command.arg("PATH=/usr/bin:/bin").arg(self.bin.path().join("systemd/install"));
-        command.arg("--bin").arg(self.bin.path()).args(words).current_dir("/");
+        command.arg("PATH=/usr/bin:/bin").current_dir("/");
         command
     }
 
@@ -154,6 +160,19 @@ fn what_somebody_else_put_there_stays() {
         assert_eq!(home.everything(), before);
         fs::remove_file(&program).unwrap();
     }
+    // The same bytes, by a symlink or with another mode, are his as well.
+    for link in [false, true] {
+        let same = home.bin.path().join("kmsctl");
+        if link {
+            symlink(same, &program).unwrap()
+        } else {
+            programs::copy(&same, &program, 0o700)
+        }
+        let before = home.everything();
+        assert!(home.refused(&[]).contains(" is there, and is not as this installed it"));
+        assert_eq!(home.everything(), before);
+        fs::remove_file(&program).unwrap();
+    }
     // A unit that was changed is neither replaced nor removed.
     home.install(&[]);
     let unit = home.path(".config/systemd/user/kms-agent.service");
@@ -191,6 +210,69 @@ fn a_running_program_is_replaced_and_an_older_one_is_upgraded() {
     running.wait().unwrap();
     home.install(&["--remove"]);
     assert_eq!(home.everything(), BTreeMap::new());
+}
+
+/// What cannot be done ends it, with a list from which it can be gone on with, or taken back.
+#[test]
+fn a_folder_that_cannot_be_written_to_is_no_success() {
+    let home = Home::new();
+    let programs = home.path(".local/bin");
+    fs::create_dir_all(&programs).unwrap();
+    let give = |path: &Path, owner: u32| chown(path, Some(owner), Some(owner)).unwrap();
+    give(&home.path(".local"), ALICE);
+    let (status, out, error) = output(&mut home.command(&[]));
+    assert!(!status.success() && out.is_empty(), "{status}: {out}");
+    assert!(error.contains("Permission denied"), "{error}");
+    give(&programs, ALICE);
+    home.install(&[]);
+    give(&programs, 0);
+    let (status, out, error) = output(&mut home.command(&["--remove"]));
+    assert!(!status.success() && !out.contains("done"), "{status}: {out}");
+    assert!(error.contains(" cannot be removed\n"), "{error}");
+    give(&programs, ALICE);
+    home.install(&["--remove"]);
+    let left: Vec<_> = home.everything().into_keys().collect();
+    assert_eq!(left, [home.path(".local"), programs]);
+}
+
+/// Ended between a file and its name, by a `mv` that ends its caller, it leaves no file that nobody knows of.
+#[test]
+fn an_install_that_is_interrupted_can_be_removed() {
+    let home = Home::new();
+    let path = fresh_folder(0o755);
+    let script =
+        "#!/bin/sh\ncase $* in *kms-agent.socket) kill -TERM $PPID; exit 1 ;; esac\nexec /bin/mv \"$@\"\n";
+    fs::write(path.path().join("mv"), script).unwrap();
+    fs::set_permissions(path.path().join("mv"), fs::Permissions::from_mode(0o755)).unwrap();
+    let set = format!("PATH={}:/usr/bin:/bin", path.path().display());
+    let mut command = home.as_user();
+    command.arg(set).arg(home.bin.path().join("systemd/install")).arg("--bin").arg(home.bin.path());
+    let (status, out, _) = output(&mut command);
+    assert!(!status.success() && out.contains("installed ") && !out.contains("kms-agent.socket"), "{out}");
+    home.install(&["--remove"]);
+    assert_eq!(home.everything(), BTreeMap::new());
+}
+
+/// What a shell may have in its environment, and how it is called, makes no difference.
+#[test]
+fn the_environment_of_the_caller_makes_no_difference() {
+    let home = Home::new();
+    // Where `cd` prints where it went, where folders are to be for their owner alone, where others may write to them.
+    for set in ["CDPATH=.", "XDG_CONFIG_HOME=relative", "XDG_DATA_HOME=relative"] {
+        for umask in ["077", "0"] {
+            let line = format!("umask {umask} && exec sh systemd/install --bin .");
+            let mut command = home.as_user();
+            command.args([set, "sh", "-c", &line]).current_dir(home.bin.path());
+            let (status, out, error) = output(&mut command);
+            assert!(status.success() && error.is_empty(), "{set} {umask}: {error}\n{out}");
+            let all = home.everything();
+            let config = home.path(".config/systemd/user");
+            assert_eq!(all[&config].0 & 0o777, if umask == "0" { 0o755 } else { 0o700 });
+            assert_eq!(all[&config.join("kms-agent.service")].0 & 0o777, 0o644);
+            home.install(&["--remove"]);
+            assert_eq!(home.everything(), BTreeMap::new());
+        }
+    }
 }
 
 #[test]
