@@ -104,7 +104,15 @@ impl Server {
 fn pin(pid: Pid, core: usize) -> Outcome<()> {
     let mut set = CpuSet::new();
     set.set(core)?;
-    Ok(sched_setaffinity(pid, &set)?)
+    if pid.as_raw() == 0 {
+        return Ok(sched_setaffinity(pid, &set)?);
+    }
+    // The agent serves on another thread than its first.
+    for task in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let thread = task?.file_name().to_string_lossy().parse()?;
+        sched_setaffinity(Pid::from_raw(thread), &set)?;
+    }
+    Ok(())
 }
 
 fn programs() -> Outcome<PathBuf> {
