@@ -160,6 +160,9 @@ impl StartError {
             }
             Self::Sandbox(_) => Some("sandbox = \"preferred\" in the configuration starts without"),
             Self::OverflowUid(_) => Some("run it under a uid of its own; in a user namespace that maps one"),
+            Self::Watch { source: WatchError::NoInhibitor, .. } => Some(
+                "a user may delay sleep where polkit lets him (Debian package polkitd); without it take \"sleep\" out of lock_on",
+            ),
             Self::Watch { .. } => Some(
                 "lock_on needs D-Bus and systemd-logind (or elogind); without them take it out of the configuration",
             ),

@@ -281,7 +281,7 @@ impl Lane {
     fn enter(&self) -> Command {
         let mut command = programs::tool("nsenter");
         command.args(["--target", &self.leader.to_string(), "--mount", "--pid", "--uts", "--ipc", "--net"]);
-        command.arg("--wd=/").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }
 

@@ -114,7 +114,9 @@ fn some_address(pid: i32) -> u64 {
 
 /// Nothing of the agent, nor of a process that it has started, is open to this user or to another.
 fn assert_closed(moment: &str, probe: &SharedCopy, pid: i32) {
-    for process in family(pid) {
+    let family = family(pid);
+    assert!(family.len() > 1, "{moment}: the monitor of agent {pid} is not there");
+    for process in family {
         for uid in [ALICE, BOB] {
             let outcomes = attack(probe, uid, process, some_address(process), 0);
             let open: Vec<_> = outcomes

@@ -109,6 +109,7 @@ fn a_system_serves_its_own_user_and_each_user_has_an_agent_of_his_own() {
     let status = done(lane.user_command("kmsctl").arg("status"));
     is_protected(&status);
     assert_ne!(lane.main_pid(Manager::User, SERVICE), 0);
+    its_session_is_locked(&lane);
     lane.control(Manager::User, &["disable", "--now", SOCKET]);
     assert_eq!(
         properties(&lane, Manager::User, ["ActiveState", "Result", "ExecMainStatus", "MainPID"]),
@@ -142,4 +143,28 @@ fn a_system_serves_its_own_user_and_each_user_has_an_agent_of_his_own() {
         "more than an administrator wrote"
     );
     lane.power_off();
+}
+
+/// From inside the sandbox of the user's unit the agent hears the real logind.
+fn its_session_is_locked(lane: &Lane) {
+    let kmsctl = |words: &[&str]| done(lane.user_command("kmsctl").args(words));
+    let write = "mkdir -p -m 700 ~/.config/kms-agent && echo \"lock_on = ['session']\" >~/.config/kms-agent/config.toml";
+    done(lane.user_command("sh").args(["-euc", write]));
+    lane.control(Manager::User, &["restart", SERVICE]);
+    kmsctl(&["add", "own", "--memory"]);
+    done(lane.root("systemd-run").args([
+        "--quiet",
+        "--unit=kms-test-session",
+        "--uid=alice",
+        "--property=PAMName=login",
+        "sleep",
+        "infinity",
+    ]));
+    wait_until("she has a session", || {
+        done(lane.root("loginctl").args(["list-sessions", "--no-legend"])).contains(" alice")
+    });
+    assert!(kmsctl(&["list"]).contains("own"), "the control: it is there before");
+    done(lane.root("loginctl").arg("lock-sessions"));
+    wait_until("the keys are gone", || kmsctl(&["status"]).contains("session-locked"));
+    assert!(!kmsctl(&["list"]).contains("own"));
 }

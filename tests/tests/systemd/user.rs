@@ -181,6 +181,25 @@ fn a_user_enables_the_agent_once_and_it_is_there() {
     assert_eq!(inode(), listening, "the listening socket is the one from before");
     assert_eq!(lane.main_pid(MANAGER, SERVICE), fourth);
 
+    // A start that fails is tried until what was wrong is repaired, and the socket stays: more often than five times in ten seconds,
+    // which would be the end otherwise. (2 s would be long for a test.)
+    assert_eq!(show("RestartUSec"), "2s");
+    done(
+        lane.user_command("sh")
+            .args(["-euc", "echo RestartSec=100ms >>~/.config/systemd/user/kms-agent.service.d/test.conf"]),
+    );
+    control(&["daemon-reload"]);
+    write("[limits]\nkeys = 'many'\n");
+    control(&["--no-block", "restart", SERVICE]);
+    wait_until("six starts have failed", || show("NRestarts").parse::<u32>().unwrap() >= 6);
+    assert_eq!(lane.show(MANAGER, SOCKET, "ActiveState"), "active");
+    write("");
+    kmsctl(&["--timeout", "60s", "ping"]);
+    assert_eq!(
+        properties(&lane, MANAGER, ["ActiveState", "SubState", "Result", "StatusText"]),
+        ["active", "running", "success", "unlocked, 0 keys"]
+    );
+
     // Stopped, it ends well, and the next connection starts it again.
     control(&["stop", SERVICE]);
     assert_eq!(
