@@ -181,7 +181,7 @@ fn each_call_of_the_list_is_one_that_the_agent_makes() {
         assert_eq!(wire.encrypt("b", NO_CONTEXT, b"x"), Err(Status::Busy));
         limit(8 << 20);
     });
-    agent.stop();
+    let _ = agent.stop();
     let foreground = made(&trace("foreground"));
 
     // For a command, in the background and in a folder of its own.
