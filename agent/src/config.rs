@@ -141,9 +141,15 @@ impl ConfigFile {
         }
     }
 
-    /// The folder that it is in.
-    pub(crate) fn folder(&self) -> Option<&Path> {
-        self.path.as_deref().and_then(Path::parent)
+    /// The folders that it can be read again from: its own, and that of the file which a symlink there leads to.
+    pub(crate) fn folders(&self) -> Vec<PathBuf> {
+        let Some(path) = &self.path else { return Vec::new() };
+        let leads_to = path.canonicalize().ok();
+        [Some(path.clone()), leads_to]
+            .into_iter()
+            .flatten()
+            .filter_map(|path| Some(path.parent()?.to_owned()))
+            .collect()
     }
 }
 

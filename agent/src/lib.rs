@@ -158,9 +158,9 @@ fn serve(
         SignalFd::with_flags(&wanted, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).map_err(runtime)?;
     let mut protection = Protection::read()?;
     let allowed: Vec<Allowed> = file
-        .folder()
-        .map(|folder| Allowed::to_read(folder.to_owned()))
+        .folders()
         .into_iter()
+        .map(Allowed::to_read)
         .chain(socket.iter().flat_map(AgentSocket::to_remove))
         .collect();
     protection.landlock(within(config.sandbox, sandbox::restrict_files(&allowed))?);
@@ -308,9 +308,10 @@ impl Agent {
             Some(socket) => tracing::info!(socket = %socket.path().display(), "ready"),
             None => tracing::info!("ready for the peer on stdin and stdout"),
         }
-        ready.tell()?;
-        if let Some(service) = &mut self.service {
-            service.ready(&server.core().summary());
+        match &mut self.service {
+            // Nobody evaluates what goes to the journal.
+            Some(service) => service.ready(&server.core().summary()),
+            None => ready.tell()?,
         }
         self.serve(&mut server)?;
         tracing::info!("ending");

@@ -49,8 +49,8 @@ impl Protection {
     pub(crate) fn landlock(&mut self, level: Option<i32>) {
         let told = match level.map(|level| (level, sandbox::lacks(level))) {
             None => "none".to_owned(),
-            Some((level, lacking)) if lacking.is_empty() => format!("level {level}"),
-            Some((level, lacking)) => format!("level {level}, without {}", lacking.join(", ")),
+            Some((level, lacking)) if lacking.is_empty() => level.to_string(),
+            Some((level, lacking)) => format!("{level}, without {}", lacking.join(", ")),
         };
         self.add("landlock", told);
     }

@@ -19,7 +19,7 @@ use thiserror::Error;
 /// Why a part of the sandbox is not to be had.
 #[derive(Debug, Error)]
 pub(crate) enum SandboxError {
-    #[error("this kernel has no Landlock")]
+    #[error("Landlock is not to be had: this kernel lacks it, or a filter of system calls hides it")]
     NoLandlock,
     #[error("Landlock is switched off; the boot option lsm= has to name it")]
     LandlockOff,

@@ -13,6 +13,7 @@ pub mod canary;
 pub mod kmsctl;
 pub mod process;
 pub mod programs;
+pub mod seccomp;
 pub mod shield;
 pub mod start;
 pub mod sys;

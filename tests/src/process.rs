@@ -66,6 +66,20 @@ pub fn send_signal(pid: i32, signal: Signal) {
     kill(Pid::from_raw(pid), signal).unwrap_or_else(|error| panic!("kill {pid}: {error}"));
 }
 
+/// Stops a process, and returns when each of its threads stands still: the signal reaches one after the other.
+///
+/// # Panics
+/// When there is no such process.
+pub fn halt(pid: i32) {
+    send_signal(pid, Signal::SIGSTOP);
+    wait_until("every thread stands still", || {
+        fs::read_dir(format!("/proc/{pid}/task")).unwrap().all(|task| {
+            let stat = fs::read_to_string(task.unwrap().path().join("stat")).unwrap_or_default();
+            stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('T'))
+        })
+    });
+}
+
 /// A number of `/proc/PID/status`, such as `VmLck` in KiB.
 ///
 /// # Panics

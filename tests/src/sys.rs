@@ -12,6 +12,16 @@ use std::{
     sync::atomic::{AtomicUsize, Ordering::Relaxed},
 };
 
+use nix::{
+    sys::{
+        ptrace,
+        wait::{WaitPidFlag, waitpid},
+    },
+    unistd::Pid,
+};
+
+use crate::seccomp::Instruction;
+
 /// Changes the credentials of the calling thread alone: no supplementary groups, the gid `effective`, and these uids.
 /// The functions of libc would change every thread.
 ///
@@ -129,6 +139,34 @@ pub fn robust_list(pid: i32) -> io::Result<usize> {
     // SAFETY: an integer, and two places for an address and a length.
     answer(unsafe { libc::syscall(libc::SYS_get_robust_list, pid, &raw mut head, &raw mut len) })?;
     Ok(head)
+}
+
+/// The only filter of system calls that a thread is under.
+///
+/// # Panics
+/// Without root, and when there is none, or more than one.
+#[must_use]
+pub fn seccomp_filter(thread: i32) -> Vec<Instruction> {
+    /// Not in libc.
+    const PTRACE_SECCOMP_GET_FILTER: libc::c_uint = 0x420c;
+    let thread = Pid::from_raw(thread);
+    ptrace::seize(thread, ptrace::Options::empty()).unwrap();
+    ptrace::interrupt(thread).unwrap();
+    waitpid(thread, Some(WaitPidFlag::__WALL)).unwrap();
+    let ask = |number: usize, to: *mut libc::sock_filter| {
+        // SAFETY: the thread is stopped and traced by this one; where `to` is not null, it has room for all of the filter, whose length
+        // the call has told before.
+        unsafe { libc::ptrace(PTRACE_SECCOMP_GET_FILTER, thread.as_raw(), number, to) }
+    };
+    let length = ask(0, std::ptr::null_mut());
+    let mut filter =
+        vec![libc::sock_filter { code: 0, jt: 0, jf: 0, k: 0 }; usize::try_from(length).unwrap_or_default()];
+    let (got, more) = (ask(0, filter.as_mut_ptr()), ask(1, std::ptr::null_mut()));
+    ptrace::detach(thread, None).unwrap();
+    assert!(length > 0 && got == length && more < 0, "one filter: {length}, {got}, {more}");
+    let instruction =
+        |f: &libc::sock_filter| Instruction { code: f.code, jump_true: f.jt, jump_false: f.jf, operand: f.k };
+    filter.iter().map(instruction).collect()
 }
 
 /// Who runs first.
