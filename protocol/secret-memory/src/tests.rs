@@ -518,7 +518,7 @@ struct SlowlyDropped(std::sync::Arc<std::sync::atomic::AtomicBool>);
 
 impl Drop for SlowlyDropped {
     fn drop(&mut self) {
-        std::thread::sleep(std::time::Duration::from_millis(20));
+        (0..10_000).for_each(|_| std::thread::yield_now());
         self.0.store(true, std::sync::atomic::Ordering::SeqCst);
     }
 }
