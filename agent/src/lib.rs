@@ -33,12 +33,17 @@ mod sys;
 use std::{
     convert::Infallible,
     io::{self, stdin, stdout},
+    ops::ControlFlow::{Break, Continue},
     os::{
         fd::{AsFd, OwnedFd},
         unix::net::UnixStream,
     },
     panic::{AssertUnwindSafe, catch_unwind},
     process::ExitCode,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
     time::Duration,
 };
@@ -104,9 +109,18 @@ fn start(args: &Args) -> Result<ExitCode, StartError> {
     let file = args.config_file();
     let config = file.read()?;
     let place = if args.stdio { None } else { Some(socket::Place::choose(args)?) };
-    match launch::launch(args, place.as_ref())? {
-        Launched::Parent(exit) => Ok(exit),
-        Launched::Agent { ready, until } => match serve(args, file, config, place, ready, until)? {},
+    let launched = launch::launch(args, place.as_ref()).and_then(|launched| match launched {
+        Launched::Parent(exit) => Ok(Break(exit)),
+        Launched::Agent { ready, until } => Ok(Continue((Prepared::new(args, config, until)?, ready))),
+    });
+    match launched {
+        Ok(Break(exit)) => Ok(exit),
+        Ok(Continue((prepared, ready))) => match serve(args, file, prepared, place, ready)? {},
+        Err(error) => {
+            // From here on it would go with the socket.
+            place.iter().for_each(socket::Place::abandon);
+            Err(error)
+        }
     }
 }
 
@@ -120,27 +134,45 @@ fn protect() -> Result<(), StartError> {
     setrlimit(Resource::RLIMIT_NOFILE, descriptors, descriptors).map_err(failed("RLIMIT_NOFILE"))?;
     umask(Mode::from_bits_truncate(0o077));
     sys::share_heap();
+    // A monitor that has ended is waited for by nobody.
+    sys::ignore_signals(&[Signal::SIGCHLD]).map_err(StartError::Runtime)?;
     sys::default_faults().map_err(StartError::Runtime)
+}
+
+/// What comes before the socket.
+struct Prepared {
+    uid: u32,
+    config: Config,
+    monitor: Monitor,
+    log: Log,
+    until: Option<OwnedFd>,
+    service: Option<Service>,
+}
+
+impl Prepared {
+    fn new(args: &Args, config: Config, until: Option<Pid>) -> Result<Self, StartError> {
+        protect()?;
+        let uid = process::own_uid()?;
+        let mut monitor = Monitor::start()?;
+        monitor.watch_at_start(config.lock_on)?;
+        let log = Log::start(level(args.is_read_along(), &config));
+        // Opened while the parent is certainly there, since it waits for readiness.
+        let until = until.map(sys::pidfd_open).transpose().map_err(StartError::Command)?;
+        let service =
+            if args.foreground { Service::of_environment().map_err(StartError::Service)? } else { None };
+        Ok(Self { uid, config, monitor, log, until, service })
+    }
 }
 
 /// Does in this order what needs more rights than the agent keeps, and leaves the rest to a thread whose stack is locked.
 fn serve(
     args: &Args,
     file: ConfigFile,
-    config: Config,
+    prepared: Prepared,
     place: Option<socket::Place>,
     ready: Ready,
-    until: Option<Pid>,
 ) -> Result<Infallible, StartError> {
-    protect()?;
-    let uid = process::own_uid()?;
-    let mut monitor = Monitor::start()?;
-    monitor.watch_at_start(config.lock_on)?;
-    let log = Log::start(level(args.is_read_along(), &config));
-    // Opened while the parent is certainly there, since it waits for readiness.
-    let until = until.map(sys::pidfd_open).transpose().map_err(StartError::Command)?;
-    let service =
-        if args.foreground { Service::of_environment().map_err(StartError::Service)? } else { None };
+    let Prepared { uid, config, monitor, log, until, service } = prepared;
     let socket = place.map(AgentSocket::bind).transpose()?;
     let (stdio, peer, until) = match socket {
         Some(_) => (None, None, until),
@@ -172,6 +204,8 @@ fn serve(
         file,
     };
     let memory = config.secret_memory;
+    let pump_failed = Arc::new(AtomicBool::new(false));
+    let has_pump_failed = Arc::clone(&pump_failed);
     let work = move |stack| {
         protection.stacks(stack);
         let agent = Agent {
@@ -190,7 +224,8 @@ fn serve(
         // A panic outside every request was told by the hook.
         let ended = catch_unwind(AssertUnwindSafe(|| agent.run(ready))).unwrap_or(Err(StartError::Panicked));
         sys::exit(match ended {
-            Ok(()) => 0,
+            // That was reported there.
+            Ok(()) => i32::from(has_pump_failed.load(Ordering::Acquire)),
             Err(error) => {
                 error.report();
                 1
@@ -199,7 +234,7 @@ fn serve(
     };
     spawn_locked("agent", SERVER_STACK_LEN, memory, work)?;
     if let Some(stdio) = stdio {
-        stdio.serve(memory);
+        stdio.serve(memory, &pump_failed);
     }
     loop {
         thread::park();
@@ -223,11 +258,13 @@ impl Stdio {
     }
 
     /// Serves until either side is gone.
-    fn serve(self, memory: Policy) {
+    fn serve(self, memory: Policy, failed: &AtomicBool) {
         let Self { peer, over } = self;
         if let Err(error) = pump::pump(stdin().as_fd(), stdout().as_fd(), &peer, memory) {
             error.report();
+            failed.store(true, Ordering::Release);
         }
+        // Which the server hears, and ends.
         drop(over);
     }
 }

@@ -1,9 +1,19 @@
 //! The log: lines on stderr, with the words of the journal where that is what reads them.
 //!
-//! Owns the level and the shape of a line. What is in it, secrets and words of peers never, is up to who writes it.
+//! Owns the level and the shape of a line. What is in it, secrets and words of peers never, is up to who writes it. Nobody who
+//! reads it is waited for: what does not fit there is lost.
 
-use std::{env, fmt, fs::File, os::fd::AsFd, os::unix::fs::MetadataExt};
+use std::{
+    env, fmt,
+    fs::File,
+    io::{self, ErrorKind, Write},
+    os::{fd::AsFd, unix::fs::MetadataExt},
+};
 
+use nix::{
+    poll::{PollFd, PollFlags, ppoll},
+    sys::time::TimeSpec,
+};
 use tracing::{Event, Level, Subscriber, level_filters::LevelFilter};
 use tracing_subscriber::{
     Registry,
@@ -31,7 +41,7 @@ impl Log {
     pub(crate) fn start(level: LevelFilter) -> Self {
         let (filter, handle) = reload::Layer::new(level);
         let lines = tracing_subscriber::fmt::layer()
-            .with_writer(std::io::stderr)
+            .with_writer(|| Impatient)
             .with_ansi(false)
             .event_format(Lines { plain: Format::default(), journal: is_journal() });
         // Only a second subscriber could make this fail, and there is none.
@@ -51,9 +61,31 @@ impl Log {
     }
 }
 
+/// A pipe that has room takes so much without making us wait: `PIPE_BUF` of Linux.
+const PIECE_LEN: usize = 4096;
+
+/// Stderr, as far as it takes at once what is written: the loop must go on when whoever reads it does not. Its flags are not
+/// ours alone to change.
+struct Impatient;
+
+impl Write for Impatient {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut stderr = io::stderr().lock();
+        let mut asked = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
+        if ppoll(&mut asked, Some(TimeSpec::new(0, 0)), None)? == 0 {
+            return Err(ErrorKind::WouldBlock.into());
+        }
+        stderr.write(bytes.get(..PIECE_LEN).unwrap_or(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// Whether the journal reads stderr, systemd.exec(5), `JOURNAL_STREAM`.
 fn is_journal() -> bool {
-    let stderr = std::io::stderr().as_fd().try_clone_to_owned().and_then(|fd| File::from(fd).metadata());
+    let stderr = io::stderr().as_fd().try_clone_to_owned().and_then(|fd| File::from(fd).metadata());
     let Ok(stderr) = stderr else { return false };
     env::var("JOURNAL_STREAM").is_ok_and(|stream| stream == format!("{}:{}", stderr.dev(), stderr.ino()))
 }

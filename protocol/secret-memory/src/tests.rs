@@ -367,7 +367,13 @@ fn every_policy_keeps_its_promise_here() {
         }
         tell("buffer", policy, buffer.map(|b| b.backing()));
         tell("box", policy, LockedBox::with_policy([0_u8; 32], policy).map(|b| b.backing()));
-        let thread = spawn_locked("secrets", 128 << 10, policy, |backing| backing);
+        let held = SlowlyDropped::default();
+        let dropped = std::sync::Arc::clone(&held.0);
+        let thread = spawn_locked("secrets", 128 << 10, policy, move |backing| (backing, held).0);
+        assert!(
+            thread.is_ok() || dropped.load(std::sync::atomic::Ordering::SeqCst),
+            "what was not begun is gone"
+        );
         tell("thread", policy, thread.map(|thread| thread.join().unwrap().unwrap()));
     }
     assert!(memlock_limit().is_some_and(|(soft, hard)| soft <= hard));
@@ -504,6 +510,17 @@ fn a_secret_vec_never_moves_and_wipes_what_it_drops() {
     assert_eq!(secret.as_mut_slice(), b"ab\0\0\0\0\0\0", "truncated bytes are wiped");
     assert_eq!(secret.expose_secret().as_ptr(), place);
     assert_eq!(CapacityExceeded { capacity: 8 }.to_string(), "the secret is longer than 8 bytes");
+}
+
+/// Tells that it was dropped, after a while.
+#[derive(Default)]
+struct SlowlyDropped(std::sync::Arc<std::sync::atomic::AtomicBool>);
+
+impl Drop for SlowlyDropped {
+    fn drop(&mut self) {
+        (0..10_000).for_each(|_| std::thread::yield_now());
+        self.0.store(true, std::sync::atomic::Ordering::SeqCst);
+    }
 }
 
 #[test]

@@ -20,7 +20,7 @@ use crate::{
 /// what the stack became: [`Policy::Preferred`] may leave it unlocked, every other policy means mlock.
 ///
 /// # Errors
-/// The thread cannot be had, or its stack cannot be locked; then `work` was not begun.
+/// The thread cannot be had, or its stack cannot be locked; then `work` was not begun, and is dropped already.
 pub fn spawn_locked<T: Send + 'static>(
     name: &str,
     stack_len: usize,
@@ -40,9 +40,11 @@ pub fn spawn_locked<T: Send + 'static>(
             let (barrier, locked) = &*there;
             // It is set here alone.
             let _ = locked.set(backing.map(|_| ()));
+            // What the work would have had is gone before the other end hears of it, which may end the process at once.
+            let work = backing.ok().map(|backing| move || work(backing));
             // Nor does the work begin before the start of the thread is over at the other end: it may close a sandbox.
             barrier.wait();
-            backing.ok().map(work)
+            work.map(|work| work())
         })
         .map_err(no_thread)?;
     let (barrier, locked) = &*met;

@@ -16,7 +16,7 @@ use kms_tests::{
     as_uid,
     process::{PATIENCE, ends_within, output, send_signal, wait_for, wait_until},
     programs::{SharedCopy, needs_root, program, tool},
-    start::{Foreground, clean, fails, is_empty, variables},
+    start::{Foreground, agent_command, clean, fails, is_empty, variables},
 };
 use nix::sys::signal::Signal;
 
@@ -190,4 +190,54 @@ fn a_runtime_folder_that_is_not_fit_is_named() {
     command.env("TMPDIR", bare.folder.path().join("tmp")).env("XDG_RUNTIME_DIR", &bobs);
     let (status, stdout, stderr) = output(&mut command);
     assert!(status.success() && stdout.contains("/tmp/kms-agent-"), "{stderr}");
+}
+
+#[test]
+fn a_start_that_fails_before_the_socket_leaves_no_folder() {
+    let folder = fresh_folder(0o700);
+    let temporary = folder.path().join("tmp");
+    fs::create_dir(&temporary).unwrap();
+    let config = folder.path().join("config.toml");
+    fs::write(&config, "lock_on = ['sleep']\n").unwrap();
+    let none = folder.path().join("none");
+    let command = |arguments: &[&str]| {
+        let mut command = agent_command(folder.path(), &["--memory"]);
+        command.args(arguments).env("TMPDIR", &temporary).env_remove("XDG_RUNTIME_DIR");
+        command.env("DBUS_SYSTEM_BUS_ADDRESS", format!("unix:path={}", none.display()));
+        command
+    };
+    let config = config.to_str().unwrap();
+    for arguments in [&["-D", "--config", config][..], &["--config", config, "true"]] {
+        let stderr = fails(&mut command(arguments), 1);
+        assert!(stderr.contains("the system bus cannot be reached"), "{stderr}");
+        assert!(is_empty(&temporary), "{arguments:?}");
+    }
+    let stderr = fails(command(&["-D"]).env("NOTIFY_SOCKET", &none), 1);
+    assert!(stderr.contains("NOTIFY_SOCKET") && is_empty(&temporary), "{stderr}");
+    // No descriptor is left for the pipe between the processes.
+    let mut limited = clean(tool("prlimit"), folder.path());
+    limited.arg("--nofile=4").arg(program("kms-agent")).args(["--memory", "true"]).env("TMPDIR", &temporary);
+    let stderr = fails(&mut limited, 1);
+    assert!(stderr.contains("cannot go to the background") && is_empty(&temporary), "{stderr}");
+}
+
+#[test]
+fn who_reads_no_log_holds_nobody_up() {
+    let folder = fresh_folder(0o700);
+    let socket = folder.path().join("s");
+    let agent = Foreground::start(&mut agent_command(
+        folder.path(),
+        &["--memory", "-D", "-a", socket.to_str().unwrap()],
+    ));
+    let agent = agent.unwrap();
+    let mut wire = Wire::connect(&socket);
+    // Each is told in a line, and a pipe has room for some six hundred: what does not fill a page of it takes one.
+    for _ in 0..1000 {
+        wire.generate("a").unwrap();
+        wire.remove("a").unwrap();
+    }
+    wire.ping().unwrap();
+    let log = agent.stop();
+    assert!((56 * 1024..=64 * 1024).contains(&log.len()), "{}", log.len());
+    assert!(log.lines().all(|line| line.contains("kms_agent")), "whole lines only");
 }

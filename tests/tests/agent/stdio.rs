@@ -14,7 +14,7 @@ use kms_tests::{
     Reply, Wire,
     agent::fresh_folder,
     process::{PATIENCE, ends_within, send_signal, status_number, wait_for, wait_until},
-    start::{agent_command, fails, is_empty},
+    start::{agent_command, fails, is_empty, output_of},
     wire::{NO_CONTEXT, add_frame, frame, split_replies, use_frame},
 };
 use nix::sys::signal::Signal;
@@ -191,6 +191,17 @@ fn it_ends_with_its_parent_and_at_a_signal() {
     send_signal(child.id().cast_signed(), Signal::SIGTERM);
     assert_eq!(wait_for(&mut child).code(), Some(0));
     assert!(wire.is_closed());
+}
+
+#[test]
+fn what_cannot_be_read_or_written_is_told_by_its_status_too() {
+    let folder = fresh_folder(0o700);
+    let write_only = fs::File::create(folder.path().join("file")).unwrap();
+    let mut command = agent_command(folder.path(), &["--memory", "--stdio"]);
+    let (status, _, stderr) = output_of(command.stdin(write_only));
+    assert_eq!(status.code(), Some(1), "{stderr}");
+    let told = "kms-agent: error: cannot serve standard input and output: Bad file descriptor (os error 9)\n";
+    assert_eq!(stderr.matches(told).count(), 1, "{stderr}");
 }
 
 #[test]

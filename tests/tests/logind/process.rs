@@ -160,6 +160,7 @@ fn an_agent_without_its_monitor_goes_on_where_it_does_not() {
     wire.generate("a").unwrap();
     send_signal(monitor(agent.pid), Signal::SIGKILL);
     wait_until("the agent says so", || agent.log().contains("the monitor has ended"));
+    wait_until("nothing is left of it, not even a zombie", || children(agent.pid, "kms-monitor").is_empty());
     // Its end is told once, and wakes nobody again.
     let time = processor_time(agent.pid);
     assert_eq!(keys(&mut wire), 1);
