@@ -5,8 +5,9 @@
 
 use std::{
     fmt,
-    fs::File,
+    fs::OpenOptions,
     io::{self, Read},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -240,8 +241,7 @@ impl Config {
     fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
         let syntax = |error: toml::de::Error| ConfigError::Syntax {
             path: path.to_owned(),
-            // It quotes the file, and a terminal obeys some characters.
-            message: error.to_string().trim_end().replace(|c: char| c.is_control() && c != '\n', "?"),
+            message: shown(&error.to_string()),
         };
         let table: toml::Table = text.parse().map_err(syntax)?;
         refuse_unknown(table.keys(), KEYS, "", path)?;
@@ -322,11 +322,23 @@ impl Config {
     }
 }
 
+/// The words of an error that quotes the file, whose lines may be long, on a terminal that obeys some characters.
+fn shown(error: &str) -> String {
+    const CHARACTERS_MAX: usize = 1000;
+    let harmless = |c: char| if c.is_control() && c != '\n' { '?' } else { c };
+    error.trim_end().chars().take(CHARACTERS_MAX).map(harmless).collect()
+}
+
 /// A file of text that is not longer than a configuration may be; without asking for its length, which a file that grows makes
 /// untrue and the sandbox denies.
 fn read_text(path: &Path) -> io::Result<String> {
     let mut text = String::new();
-    File::open(path)?.take(LEN_MAX + 1).read_to_string(&mut text)?;
+    // A pipe in its place must not hold up an agent that reads it again, nor count as an empty file.
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a file"));
+    }
+    file.take(LEN_MAX + 1).read_to_string(&mut text)?;
     if text.len() as u64 > LEN_MAX {
         return Err(io::Error::new(io::ErrorKind::FileTooLarge, "it is longer than 64 KiB"));
     }

@@ -7,7 +7,7 @@ use std::{
     ffi::OsStr,
     fs::{File, OpenOptions},
     io::{self, Read, Write},
-    os::fd::AsFd,
+    os::fd::{AsFd, OwnedFd},
     os::unix::process::CommandExt,
     path::Path,
     process::{Command, ExitCode},
@@ -53,22 +53,30 @@ pub(crate) enum Ready {
     Tell {
         /// The pipe that it reads.
         waiting: File,
-        /// What takes the place of the terminal.
-        null: File,
         /// What it is told: the pid of the agent.
         pid: u32,
+        /// What takes the place of the terminal; later the agent could not open it.
+        null: File,
     },
 }
 
 impl Ready {
+    /// Leaves the terminal that the agent was started on, where it goes to the background; nothing can be said there afterwards.
+    /// Gives what was stderr, as long as something may still have to be.
+    pub(crate) fn leave_terminal(&self) -> Result<Option<OwnedFd>, StartError> {
+        match self {
+            Self::Nobody | Self::Print(_) => Ok(None),
+            Self::Tell { null, .. } => leave_terminal(null).map(Some).map_err(StartError::Background),
+        }
+    }
+
     /// Tells that clients can connect.
     pub(crate) fn tell(self) -> Result<(), StartError> {
         match self {
             Self::Nobody => Ok(()),
             Self::Print(words) => print(&words).map_err(StartError::Background),
-            Self::Tell { mut waiting, null, pid } => {
-                waiting.write_all(&pid.to_le_bytes()).map_err(StartError::Background)?;
-                leave_terminal(&null).map_err(StartError::Background)
+            Self::Tell { mut waiting, pid, .. } => {
+                waiting.write_all(&pid.to_le_bytes()).map_err(StartError::Background)
             }
         }
     }
@@ -108,7 +116,7 @@ pub(crate) fn launch(args: &Args, place: Option<&Place>) -> Result<Launched, Sta
                     let until = (!args.command.is_empty()).then_some(caller);
                     let null = OpenOptions::new().read(true).write(true).open("/dev/null");
                     let null = null.map_err(StartError::Background)?;
-                    let ready = Ready::Tell { waiting: File::from(tells), null, pid: std::process::id() };
+                    let ready = Ready::Tell { waiting: File::from(tells), pid: std::process::id(), null };
                     Ok(Launched::Agent { ready, until })
                 }
             }
@@ -159,10 +167,11 @@ fn print(words: &[u8]) -> io::Result<()> {
     stdout.flush()
 }
 
-/// Nothing of the terminal that the agent was started on stays with it.
-fn leave_terminal(null: &File) -> io::Result<()> {
+/// Nothing of the terminal that the agent was started on stays with it, but the old stderr, which is given.
+fn leave_terminal(null: &File) -> io::Result<OwnedFd> {
+    let stderr = io::stderr().as_fd().try_clone_to_owned()?;
     dup2_stdin(null)?;
     dup2_stdout(null)?;
     dup2_stderr(null)?;
-    Ok(())
+    Ok(stderr)
 }

@@ -59,7 +59,7 @@ use nix::{
         socket::{setsockopt, sockopt},
         stat::{Mode, umask},
     },
-    unistd::{Pid, pipe},
+    unistd::{Pid, dup2_stderr, pipe},
 };
 
 use crate::{
@@ -173,6 +173,13 @@ fn serve(
     ready: Ready,
 ) -> Result<Infallible, StartError> {
     let Prepared { uid, config, monitor, log, until, service } = prepared;
+    // Before the socket, which an end by a signal would leave behind, and before any other thread.
+    let runtime = |errno: Errno| StartError::Runtime(errno.into());
+    let wanted: SigSet =
+        [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGUSR1].into_iter().collect();
+    wanted.thread_block().map_err(runtime)?;
+    let signals =
+        SignalFd::with_flags(&wanted, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).map_err(runtime)?;
     let socket = place.map(AgentSocket::bind).transpose()?;
     let (stdio, peer, until) = match socket {
         Some(_) => (None, None, until),
@@ -181,13 +188,6 @@ fn serve(
             (Some(stdio), Some(peer), Some(over))
         }
     };
-    // Before there is another thread: a signal is for the loop, and Landlock is inherited.
-    let runtime = |errno: Errno| StartError::Runtime(errno.into());
-    let wanted: SigSet =
-        [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGUSR1].into_iter().collect();
-    wanted.thread_block().map_err(runtime)?;
-    let signals =
-        SignalFd::with_flags(&wanted, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).map_err(runtime)?;
     let mut protection = Protection::read()?;
     let allowed: Vec<Allowed> = file
         .folders()
@@ -337,7 +337,14 @@ impl Agent {
         if let Some(beat) = self.service.as_ref().and_then(Service::beat) {
             server.beat_every(beat);
         }
-        let filtered = within(self.config.sandbox, sandbox::restrict_calls(self.socket.is_none()))?;
+        // From here on nothing fails but this and what a reader of ours does.
+        let stderr = ready.leave_terminal()?;
+        let filtered = within(self.config.sandbox, sandbox::restrict_calls(self.socket.is_none()));
+        if let (Err(_), Some(stderr)) = (&filtered, &stderr) {
+            dup2_stderr(stderr).map_err(|errno| StartError::Background(errno.into()))?;
+        }
+        drop(stderr);
+        let filtered = filtered?;
         self.protection.seccomp(filtered.is_some());
         server.core().show(self.protection.facts());
 

@@ -8,12 +8,10 @@ use std::{
     fs::File,
     io::{self, ErrorKind, Write},
     os::{fd::AsFd, unix::fs::MetadataExt},
+    sync::Arc,
 };
 
-use nix::{
-    poll::{PollFd, PollFlags, ppoll},
-    sys::time::TimeSpec,
-};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use tracing::{Event, Level, Subscriber, level_filters::LevelFilter};
 use tracing_subscriber::{
     Registry,
@@ -40,8 +38,9 @@ pub(crate) struct Log(reload::Handle<LevelFilter, Registry>);
 impl Log {
     pub(crate) fn start(level: LevelFilter) -> Self {
         let (filter, handle) = reload::Layer::new(level);
+        let watch = Impatient::watch();
         let lines = tracing_subscriber::fmt::layer()
-            .with_writer(|| Impatient)
+            .with_writer(move || Impatient { watch: watch.clone() })
             .with_ansi(false)
             .event_format(Lines { plain: Format::default(), journal: is_journal() });
         // Only a second subscriber could make this fail, and there is none.
@@ -49,7 +48,7 @@ impl Log {
         // The text of a panic may hold what a peer sent; its place does not.
         std::panic::set_hook(Box::new(|panic| {
             let place = panic.location().map(|location| (location.file(), location.line()));
-            tracing::error!(?place, "a request panicked; its connection is closed");
+            tracing::error!(?place, "a fault of the agent; one in a request ends its connection");
         }));
         Self(handle)
     }
@@ -66,16 +65,27 @@ const PIECE_LEN: usize = 4096;
 
 /// Stderr, as far as it takes at once what is written: the loop must go on when whoever reads it does not. Its flags are not
 /// ours alone to change.
-struct Impatient;
+struct Impatient {
+    /// Tells whether it takes something. A file always does, and cannot be watched.
+    watch: Option<Arc<Epoll>>,
+}
+
+impl Impatient {
+    fn watch() -> Option<Arc<Epoll>> {
+        let watch = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).ok()?;
+        watch.add(io::stderr(), EpollEvent::new(EpollFlags::EPOLLOUT, 0)).ok()?;
+        Some(Arc::new(watch))
+    }
+}
 
 impl Write for Impatient {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let mut stderr = io::stderr().lock();
-        let mut asked = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
-        if ppoll(&mut asked, Some(TimeSpec::new(0, 0)), None)? == 0 {
+        if let Some(watch) = &self.watch
+            && watch.wait(&mut [EpollEvent::empty()], EpollTimeout::ZERO)? == 0
+        {
             return Err(ErrorKind::WouldBlock.into());
         }
-        stderr.write(bytes.get(..PIECE_LEN).unwrap_or(bytes))
+        io::stderr().write(bytes.get(..PIECE_LEN).unwrap_or(bytes))
     }
 
     fn flush(&mut self) -> io::Result<()> {

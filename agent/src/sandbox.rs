@@ -138,8 +138,8 @@ fn filter(relays: bool) -> Result<BpfProgram, SandboxError> {
         libc::SYS_munlock,
         libc::SYS_memfd_secret,
         libc::SYS_ftruncate,
-        // Whether stderr takes a line now.
-        libc::SYS_ppoll,
+        // Whether the configuration that is read again is a file.
+        libc::SYS_statx,
         // The thread beside the loop.
         libc::SYS_futex,
         // The end.
@@ -153,7 +153,7 @@ fn filter(relays: bool) -> Result<BpfProgram, SandboxError> {
     .map(|call| (call, Vec::new()))
     .collect();
     if relays {
-        calls.insert(libc::SYS_shutdown, Vec::new());
+        calls.extend([libc::SYS_ppoll, libc::SYS_shutdown].map(|call| (call, Vec::new())));
     }
     let flags = |index, mask: libc::c_int, value: libc::c_int| {
         let masked = SeccompCmpOp::MaskedEq(u64::from(mask.cast_unsigned()));
@@ -181,8 +181,6 @@ fn filter(relays: bool) -> Result<BpfProgram, SandboxError> {
     // What a refused lock of memory says of the limit; none is set, and no other process is asked about.
     let unset = SeccompCondition::new(2, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0)?;
     only(libc::SYS_prlimit64, vec![vec![word(0, 0)?, unset]])?;
-    // The terminal is given back, once the agent is ready.
-    only(libc::SYS_dup2, vec![vec![flags(1, !3, 0)?]])?;
     if cfg!(debug_assertions) {
         // The standard library checks there what it closes.
         only(libc::SYS_fcntl, vec![vec![word(1, libc::F_GETFD)?]])?;

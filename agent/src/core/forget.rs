@@ -92,7 +92,10 @@ impl<R: Random, A: Audit> Core<R, A> {
         let keys = self.keyring.forget(&mut self.random);
         self.streams.end_all();
         self.unasked.times = self.unasked.times.saturating_add(1);
-        self.unasked.last = Some(Forgotten { keys, reason, unix: now.unix });
+        // Where there was nothing, the time before is what somebody may want to know of.
+        if keys > 0 || self.unasked.last.is_none() {
+            self.unasked.last = Some(Forgotten { keys, reason, unix: now.unix });
+        }
         self.audit.record(&Event::Forgotten { keys: keys as u64, reason });
         keys
     }

@@ -493,3 +493,22 @@ fn a_descriptor_of_who_started_it_stays_with_the_command_and_not_with_the_agent(
     assert!(status.success(), "{stderr}");
     assert_eq!(stdout, "0\ninherited");
 }
+
+#[test]
+fn a_pipe_in_place_of_the_configuration_holds_nobody_up_and_changes_nothing() {
+    let agent = Agent::builder().config("limits.keys = 1\n").start();
+    let mut wire = agent.connect();
+    wire.generate("a").unwrap();
+    fs::remove_file(agent.config()).unwrap();
+    nix::unistd::mkfifo(&agent.config(), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    send_signal(agent.pid, Signal::SIGHUP);
+    wait_until("it says so", || agent.log().contains("it is not a file"));
+    assert_eq!(wire.generate("b").map(|_| ()), Err(Status::Limit), "what was in force still is");
+    // What is not understood is told, and not all of it.
+    fs::remove_file(agent.config()).unwrap();
+    fs::write(agent.config(), "x".repeat(60_000)).unwrap();
+    let before = agent.log().len();
+    send_signal(agent.pid, Signal::SIGHUP);
+    wait_until("it says so", || agent.log().contains("cannot be understood"));
+    assert!(agent.log().len() - before < 2_000, "{}", agent.log());
+}
