@@ -537,6 +537,8 @@ impl<R: Random, A: Audit> Core<R, A> {
         let secret_memory =
             self.keyring.backing().map_or_else(|| "wiped".to_owned(), |backing| backing.to_string());
         let passphrase = self.keyring.lock_salt().is_some();
+        let idle_lock =
+            self.limits.idle_lock.map_or_else(|| "none".to_owned(), |time| time.as_secs().to_string());
         let mut status = StatusReply {
             state: if self.keyring.is_locked() { LockState::Locked } else { LockState::Unlocked },
             facts: vec![
@@ -551,6 +553,7 @@ impl<R: Random, A: Audit> Core<R, A> {
                 fact("requests", self.counts.requests().to_string()),
                 fact("frame-pool", around.frame_pool.to_string()),
                 fact("lock-passphrase", if passphrase { "set" } else { "none" }.to_owned()),
+                fact("idle-lock", idle_lock),
             ],
         };
         status.facts.extend(self.process_facts.iter().cloned());

@@ -48,6 +48,7 @@ use std::{
     time::Duration,
 };
 
+use kms_protocol::Fact;
 use kms_secret_memory::{Policy, spawn_locked};
 use nix::{
     errno::Errno,
@@ -346,7 +347,7 @@ impl Agent {
         drop(stderr);
         let filtered = filtered?;
         self.protection.seccomp(filtered.is_some());
-        server.core().show(self.protection.facts());
+        self.show(&mut server);
 
         match &self.socket {
             Some(socket) => tracing::info!(socket = %socket.path().display(), "ready"),
@@ -391,6 +392,13 @@ impl Agent {
         }
     }
 
+    /// Has `status` show what only the process knows.
+    fn show(&self, server: &mut Server<KernelRandom, LogAudit>) {
+        let mut facts = self.protection.facts();
+        facts.push(Fact { name: "lock-on".to_owned(), value: self.monitor.watched().to_string() });
+        server.core().show(facts);
+    }
+
     /// Does what the monitor tells. An error is the end of the agent: what it was to lock on would pass unseen.
     fn attend_monitor(&mut self, server: &mut Server<KernelRandom, LogAudit>) -> Result<(), StartError> {
         while let Some(event) = self.monitor.event() {
@@ -400,7 +408,10 @@ impl Agent {
                     // A monitor that is gone tells so itself.
                     let _ = self.monitor.done(reason);
                 }
-                MonitorEvent::Watching(on) => tracing::info!(%on, "keys are forgotten on it"),
+                MonitorEvent::Watching(on) => {
+                    tracing::info!(%on, "keys are forgotten on it");
+                    self.show(server);
+                }
                 MonitorEvent::Refused(error) => tracing::error!(%error, "what is locked on stays as it was"),
                 MonitorEvent::Ended if self.monitor.watched().is_empty() => {
                     tracing::warn!("the monitor has ended");

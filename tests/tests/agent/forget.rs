@@ -74,6 +74,7 @@ fn an_unlock_that_a_lock_has_overtaken_opens_nothing() {
 fn an_idle_agent_forgets_and_one_that_is_used_does_not() {
     let agent = Agent::builder().config("idle_lock = \"2s\"").start();
     let mut wire = agent.connect();
+    assert_eq!((wire.fact("idle-lock").as_str(), wire.fact("lock-on").as_str()), ("2", "nothing"));
     wire.generate("a").unwrap();
     // Used again and again, for longer than the time.
     let began = std::time::Instant::now();

@@ -245,6 +245,7 @@ fn what_is_locked_on_changes_with_the_configuration() {
 
     set(&agent, BOTH, "on=session and sleep");
     assert_eq!(logind.inhibitors(), 1);
+    assert_eq!(wire.fact("lock-on"), "session and sleep");
     logind.lock(&session);
     wait_until("the keys are gone", || wire.list().unwrap().is_empty());
 
