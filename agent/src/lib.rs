@@ -48,7 +48,6 @@ use std::{
     time::Duration,
 };
 
-use kms_protocol::Fact;
 use kms_secret_memory::{Policy, spawn_locked};
 use nix::{
     errno::Errno,
@@ -394,9 +393,7 @@ impl Agent {
 
     /// Has `status` show what only the process knows.
     fn show(&self, server: &mut Server<KernelRandom, LogAudit>) {
-        let mut facts = self.protection.facts();
-        facts.push(Fact { name: "lock-on".to_owned(), value: self.monitor.watched().to_string() });
-        server.core().show(facts);
+        server.core().show(self.protection.facts(self.monitor.watched()));
     }
 
     /// Does what the monitor tells. An error is the end of the agent: what it was to lock on would pass unseen.

@@ -16,7 +16,7 @@ use nix::{
     unistd::{AccessFlags, access, getpid, getuid},
 };
 
-use crate::{error::StartError, sandbox, sys};
+use crate::{config::LockOn, error::StartError, sandbox, sys};
 
 /// What was settled at the start.
 pub(crate) struct Protection {
@@ -34,14 +34,14 @@ impl Protection {
         }
         let yes = |yes: bool| if yes { "yes" } else { "no" }.to_owned();
         let mut protection = Self { facts: Vec::new() };
-        protection.add("pid", getpid().to_string());
-        protection.add("dumpable", yes(prctl::get_dumpable().map_err(failed("PR_GET_DUMPABLE"))?));
-        protection.add("traceable", traceable.to_string());
+        protection.fact("pid", getpid().to_string());
+        protection.fact("dumpable", yes(prctl::get_dumpable().map_err(failed("PR_GET_DUMPABLE"))?));
+        protection.fact("traceable", traceable.to_string());
         let privileges = prctl::get_no_new_privs().map_err(failed("PR_GET_NO_NEW_PRIVS"))?;
-        protection.add("no-new-privileges", yes(privileges));
-        protection.add("core-limit", soft(Resource::RLIMIT_CORE, "RLIMIT_CORE")?);
-        protection.add("descriptor-limit", soft(Resource::RLIMIT_NOFILE, "RLIMIT_NOFILE")?);
-        protection.add("memory-lock-limit", soft(Resource::RLIMIT_MEMLOCK, "RLIMIT_MEMLOCK")?);
+        protection.fact("no-new-privileges", yes(privileges));
+        protection.fact("core-limit", soft(Resource::RLIMIT_CORE, "RLIMIT_CORE")?);
+        protection.fact("descriptor-limit", soft(Resource::RLIMIT_NOFILE, "RLIMIT_NOFILE")?);
+        protection.fact("memory-lock-limit", soft(Resource::RLIMIT_MEMLOCK, "RLIMIT_MEMLOCK")?);
         Ok(protection)
     }
 
@@ -52,25 +52,27 @@ impl Protection {
             Some((level, lacking)) if lacking.is_empty() => level.to_string(),
             Some((level, lacking)) => format!("{level}, without {}", lacking.join(", ")),
         };
-        self.add("landlock", told);
+        self.fact("landlock", told);
     }
 
     /// Whether system calls are filtered.
     pub(crate) fn seccomp(&mut self, filtered: bool) {
-        self.add("seccomp", if filtered { "filter" } else { "none" }.to_owned());
+        self.fact("seccomp", if filtered { "filter" } else { "none" }.to_owned());
     }
 
     /// What the stacks of the threads for requests and passphrases lie in.
     pub(crate) fn stacks(&mut self, backing: Backing) {
-        self.add("stacks", backing.to_string());
+        self.fact("stacks", backing.to_string());
     }
 
-    /// What `status` shows.
-    pub(crate) fn facts(&self) -> Vec<Fact> {
-        self.facts.clone()
+    /// What `status` shows of it, and of what keys are forgotten on.
+    pub(crate) fn facts(&self, watched: LockOn) -> Vec<Fact> {
+        let mut shown = Self { facts: self.facts.clone() };
+        shown.fact("lock-on", watched.to_string());
+        shown.facts
     }
 
-    fn add(&mut self, name: &str, value: String) {
+    fn fact(&mut self, name: &str, value: String) {
         self.facts.push(Fact { name: name.to_owned(), value });
     }
 }
