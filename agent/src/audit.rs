@@ -3,7 +3,36 @@
 //! Owns the events and the sink that they go to. Keys are named by their ids alone: a log is no place for names, and never
 //! for secrets. This release tells them to the log of the agent; a durable sink takes the same events.
 
+use std::fmt;
+
 use kms_envelope::KeyId;
+
+/// Why keys were forgotten without anybody's request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// `SIGUSR1`.
+    Signal,
+    /// Nobody used a key for the configured time.
+    Idle,
+    /// The session of the agent's uid was locked.
+    SessionLocked,
+    /// The machine is about to suspend.
+    Suspend,
+    /// Nobody watches sessions and suspends any more.
+    MonitorEnded,
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Signal => "signal",
+            Self::Idle => "idle",
+            Self::SessionLocked => "session-locked",
+            Self::Suspend => "suspend",
+            Self::MonitorEnded => "monitor-ended",
+        })
+    }
+}
 
 /// Something that changed keys or the lock, handed a key out, or tried to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,6 +93,13 @@ pub enum Event {
         /// Who asked.
         uid: u32,
     },
+    /// Keys were forgotten.
+    Forgotten {
+        /// Their number.
+        keys: u64,
+        /// Why.
+        reason: Reason,
+    },
     /// The agent was unlocked.
     Unlocked {
         /// Who asked.
@@ -98,6 +134,7 @@ impl Audit for LogAudit {
             Event::Expired { key } => tracing::info!(%key, "a key has expired"),
             Event::Exported { uid, key, version } => tracing::warn!(uid, %key, version, "handed out a key"),
             Event::Locked { uid } => tracing::info!(uid, "locked"),
+            Event::Forgotten { keys, reason } => tracing::info!(keys, %reason, "forgot all keys"),
             Event::Unlocked { uid } => tracing::info!(uid, "unlocked"),
             Event::WrongPassphrase { uid, failures } => tracing::warn!(uid, failures, "wrong passphrase"),
         }

@@ -7,6 +7,7 @@
 mod back_off;
 mod batch;
 mod counts;
+mod forget;
 mod keys;
 mod refusal;
 mod repeats;
@@ -26,13 +27,14 @@ use kms_secret_memory::{Secret, SecretVec};
 use self::{
     back_off::BackOff,
     counts::Counts,
+    forget::Unasked,
     refusal::{Refused, refuse},
     repeats::Repeats,
     streams::{OpenStream, Streams},
     uses::{STREAM_KEY_LEN, Use, write_stream_key},
 };
 use crate::{
-    audit::{Audit, Event},
+    audit::{Audit, Event, Reason},
     authorize::{Peer, Permit, Policy, authorize},
     config::Limits,
     crypto::{Derivation, LOCK_SALT_LEN, Random, Salts, apart, random_bytes},
@@ -79,6 +81,8 @@ pub struct Ticket {
     permit: Permit,
     uid: u32,
     purpose: TicketPurpose,
+    /// How often keys had been forgotten when it was made.
+    forgotten: u64,
     /// Others wait as long as this is there: a ticket that is lost, with its connection or in a panic, holds up nobody.
     _turn: Rc<()>,
 }
@@ -129,6 +133,8 @@ impl Session {
 pub struct Core<R, A> {
     own_uid: u32,
     keyring: Keyring,
+    unasked: Unasked,
+    process_facts: Vec<Fact>,
     limits: Limits,
     random: R,
     audit: A,
@@ -150,6 +156,8 @@ impl<R: Random, A: Audit> Core<R, A> {
         Self {
             own_uid,
             keyring,
+            unasked: Unasked::new(now.boot),
+            process_facts: Vec::new(),
             limits,
             random,
             audit,
@@ -162,6 +170,25 @@ impl<R: Random, A: Audit> Core<R, A> {
             started: now.boot,
             counts: Counts::default(),
         }
+    }
+
+    /// The state in a few words, for a person.
+    #[must_use]
+    pub fn summary(&self) -> String {
+        let state = if self.keyring.is_locked() { "locked" } else { "unlocked" };
+        let keys = self.keyring.len();
+        format!("{state}, {keys} {}", if keys == 1 { "key" } else { "keys" })
+    }
+
+    /// Has `status` show what only the process knows of itself.
+    pub fn show(&mut self, facts: Vec<Fact>) {
+        self.process_facts = facts;
+    }
+
+    /// The uid that the agent runs under.
+    #[must_use]
+    pub fn own_uid(&self) -> u32 {
+        self.own_uid
     }
 
     /// The uid whose connections are answered at all.
@@ -189,17 +216,19 @@ impl<R: Random, A: Audit> Core<R, A> {
     /// When [`expire`](Self::expire) has something to do, since boot.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Duration> {
-        self.keyring.next_deadline()
+        [self.keyring.next_deadline(), self.idle_deadline()].into_iter().flatten().min()
     }
 
-    /// Wipes every key whose lifetime is over, and ends its streams.
+    /// Wipes every key whose lifetime is over, and ends its streams; and all of them when the agent was idle for too long.
     pub fn expire(&mut self, now: Now) {
-        if self.keyring.next_deadline().is_none_or(|deadline| deadline > now.boot) {
-            return;
+        if self.keyring.next_deadline().is_some_and(|deadline| deadline <= now.boot) {
+            for id in self.keyring.expire(now.boot) {
+                self.streams.end_key(id);
+                self.audit.record(&Event::Expired { key: id });
+            }
         }
-        for id in self.keyring.expire(now.boot) {
-            self.streams.end_key(id);
-            self.audit.record(&Event::Expired { key: id });
+        if self.idle_deadline().is_some_and(|deadline| deadline <= now.boot) {
+            self.forget(Reason::Idle, now);
         }
     }
 
@@ -305,6 +334,7 @@ impl<R: Random, A: Audit> Core<R, A> {
     ) -> Result<Outcome, Refused> {
         let policy = Policy { own_uid: self.own_uid, locked: self.keyring.is_locked() };
         let permit = authorize(&session.peer, &request, &policy)?;
+        self.unasked.note(&request, now);
         let uid = session.peer.uid;
         match request {
             Request::Hello(hello) => self.hello(session, hello, request_id, replies)?,
@@ -507,11 +537,12 @@ impl<R: Random, A: Audit> Core<R, A> {
         let secret_memory =
             self.keyring.backing().map_or_else(|| "wiped".to_owned(), |backing| backing.to_string());
         let passphrase = self.keyring.lock_salt().is_some();
-        StatusReply {
+        let idle_lock =
+            self.limits.idle_lock.map_or_else(|| "none".to_owned(), |time| time.as_secs().to_string());
+        let mut status = StatusReply {
             state: if self.keyring.is_locked() { LockState::Locked } else { LockState::Unlocked },
             facts: vec![
                 fact("version", env!("CARGO_PKG_VERSION").to_owned()),
-                fact("pid", std::process::id().to_string()),
                 fact("uid", self.own_uid.to_string()),
                 fact("secret-memory", secret_memory),
                 fact("keystore", "none".to_owned()),
@@ -522,8 +553,12 @@ impl<R: Random, A: Audit> Core<R, A> {
                 fact("requests", self.counts.requests().to_string()),
                 fact("frame-pool", around.frame_pool.to_string()),
                 fact("lock-passphrase", if passphrase { "set" } else { "none" }.to_owned()),
+                fact("idle-lock", idle_lock),
             ],
-        }
+        };
+        status.facts.extend(self.process_facts.iter().cloned());
+        status.facts.extend(self.forgotten_facts());
+        status
     }
 
     fn lock(
@@ -585,7 +620,8 @@ impl<R: Random, A: Audit> Core<R, A> {
         purpose: TicketPurpose,
     ) -> Result<Outcome, Refused> {
         self.check_turn()?;
-        let ticket = Ticket { request_id, permit, uid, purpose, _turn: Rc::clone(&self.turn) };
+        let (forgotten, turn) = (self.unasked.times(), Rc::clone(&self.turn));
+        let ticket = Ticket { request_id, permit, uid, purpose, forgotten, _turn: turn };
         Ok(Outcome::Derive(Box::new(Derivation::new(passphrase, salt)), ticket))
     }
 
@@ -614,7 +650,7 @@ impl<R: Random, A: Audit> Core<R, A> {
         now: Now,
         replies: &mut Replies,
     ) -> Result<(), Refused> {
-        let Ticket { request_id, permit, uid, purpose, _turn } = ticket;
+        let Ticket { request_id, permit, uid, purpose, forgotten, _turn } = ticket;
         match purpose {
             TicketPurpose::Lock { salt } => {
                 self.keyring.lock(&permit, key, salt, &mut self.random)?;
@@ -622,6 +658,9 @@ impl<R: Random, A: Audit> Core<R, A> {
                 self.audit.record(&Event::Locked { uid });
                 push(replies, request_id, &Locking { changed: true })
             }
+            //= docs/protocol.md#47-unlock
+            //# `locked` when the agent was told to lock while it worked on the passphrase.
+            TicketPurpose::Unlock if forgotten != self.unasked.times() => Err(Status::Locked.into()),
             TicketPurpose::Unlock => {
                 let unlocked = self.keyring.unlock(&permit, key, &mut self.random);
                 self.judge_passphrase(uid, unlocked, now)?;

@@ -395,6 +395,25 @@ impl Keyring {
         Ok((0..slots).filter_map(|slot| open.take(slot)).count())
     }
 
+    /// Wipes every key that no lock has sealed, with its name, takes a new pre-key, and gives the number of the keys. It needs no
+    /// permit: nobody is given anything.
+    pub(crate) fn forget(&mut self, random: &mut impl Random) -> usize {
+        let State::Open(open) = &mut self.state else { return 0 };
+        let keys = open.len();
+        match Shield::new(self.memory, random) {
+            Ok(shield) => **open = OpenKeys::new(shield),
+            // Under the old pre-key there is nothing left.
+            Err(_) => {
+                let slots = u32::try_from(open.records.len()).unwrap_or(u32::MAX);
+                for slot in 0..slots {
+                    open.take(slot);
+                }
+                open.shield.cool();
+            }
+        }
+        keys
+    }
+
     /// Adds a random version to a key and makes it primary.
     pub(crate) fn rotate(
         &mut self,

@@ -7,7 +7,7 @@ use std::{
     ffi::OsStr,
     fs::{File, OpenOptions},
     io::{self, Read, Write},
-    os::fd::AsFd,
+    os::fd::{AsFd, OwnedFd},
     os::unix::process::CommandExt,
     path::Path,
     process::{Command, ExitCode},
@@ -20,7 +20,8 @@ use nix::{
 
 use crate::{
     args::Args,
-    error::{StartError, report},
+    error::{StartError, report, tell},
+    running,
     socket::Place,
     sys,
 };
@@ -44,30 +45,60 @@ pub(crate) enum Launched {
 
 /// Who waits for the agent to be ready.
 pub(crate) enum Ready {
+    /// Nobody: a peer on stdin simply begins.
+    Nobody,
     /// Nobody but the reader of stdout.
-    Print(String),
+    Print(Vec<u8>),
     /// The process that was called.
-    Tell(File),
+    Tell {
+        /// The pipe that it reads.
+        waiting: File,
+        /// What it is told: the pid of the agent.
+        pid: u32,
+        /// What takes the place of the terminal; later the agent could not open it.
+        null: File,
+    },
 }
 
 impl Ready {
+    /// Leaves the terminal that the agent was started on, where it goes to the background; nothing can be said there afterwards.
+    /// Gives what was stderr, as long as something may still have to be.
+    pub(crate) fn leave_terminal(&self) -> Result<Option<OwnedFd>, StartError> {
+        match self {
+            Self::Nobody | Self::Print(_) => Ok(None),
+            Self::Tell { null, .. } => leave_terminal(null).map(Some).map_err(StartError::Background),
+        }
+    }
+
     /// Tells that clients can connect.
     pub(crate) fn tell(self) -> Result<(), StartError> {
         match self {
-            Self::Print(text) => print(&text).map_err(StartError::Background),
-            Self::Tell(mut waiting) => {
-                waiting.write_all(&getpid().as_raw().to_le_bytes()).map_err(StartError::Background)?;
-                leave_terminal().map_err(StartError::Background)
+            Self::Nobody => Ok(()),
+            Self::Print(words) => print(&words).map_err(StartError::Background),
+            Self::Tell { mut waiting, pid, .. } => {
+                waiting.write_all(&pid.to_le_bytes()).map_err(StartError::Background)
             }
         }
     }
 }
 
 /// Forks where that is asked for.
-pub(crate) fn launch(args: &Args, place: &Place) -> Result<Launched, StartError> {
-    if args.foreground {
+pub(crate) fn launch(args: &Args, place: Option<&Place>) -> Result<Launched, StartError> {
+    let Some(place) = place else {
+        // A peer on stdin and stdout: all that was inherited and is meant for us.
         sys::close_inherited(None).map_err(StartError::Background)?;
-        return Ok(Launched::Agent { ready: Ready::Print(commands(place.path(), getpid())), until: None });
+        return Ok(Launched::Agent { ready: Ready::Nobody, until: None });
+    };
+    if args.foreground {
+        sys::close_inherited(place.given()).map_err(StartError::Background)?;
+        let words = args.shell().set(place.path(), std::process::id());
+        return Ok(Launched::Agent { ready: Ready::Print(words), until: None });
+    }
+    if args.command.is_empty()
+        && let Some(pid) = running::at(place.path())
+    {
+        tell(&format!("an agent serves {} already: process {pid}", place.path().display()));
+        return Ok(Launched::Parent(print_or_fail(&args.shell().set(place.path(), pid))));
     }
     let caller = getpid();
     let (waits, tells) = pipe().map_err(|error| StartError::Background(error.into()))?;
@@ -83,7 +114,10 @@ pub(crate) fn launch(args: &Args, place: &Place) -> Result<Launched, StartError>
                     sys::close_inherited(Some(tells.as_fd())).map_err(StartError::Background)?;
                     chdir("/").map_err(|error| StartError::Background(error.into()))?;
                     let until = (!args.command.is_empty()).then_some(caller);
-                    Ok(Launched::Agent { ready: Ready::Tell(File::from(tells)), until })
+                    let null = OpenOptions::new().read(true).write(true).open("/dev/null");
+                    let null = null.map_err(StartError::Background)?;
+                    let ready = Ready::Tell { waiting: File::from(tells), pid: std::process::id(), null };
+                    Ok(Launched::Agent { ready, until })
                 }
             }
         }
@@ -96,12 +130,9 @@ pub(crate) fn launch(args: &Args, place: &Place) -> Result<Launched, StartError>
                 place.abandon();
                 return Ok(Launched::Parent(ExitCode::FAILURE));
             }
-            let agent = Pid::from_raw(i32::from_le_bytes(pid));
+            let agent = u32::from_le_bytes(pid);
             Ok(Launched::Parent(match args.command.split_first() {
-                None => match print(&commands(place.path(), agent)) {
-                    Ok(()) => ExitCode::SUCCESS,
-                    Err(_) => ExitCode::FAILURE,
-                },
+                None => print_or_fail(&args.shell().set(place.path(), agent)),
                 Some((command, rest)) => run(command, rest, place.path(), agent),
             }))
         }
@@ -109,7 +140,7 @@ pub(crate) fn launch(args: &Args, place: &Place) -> Result<Launched, StartError>
 }
 
 /// Becomes the command; comes back only when that failed.
-fn run(command: &OsStr, arguments: &[std::ffi::OsString], socket: &Path, agent: Pid) -> ExitCode {
+fn run(command: &OsStr, arguments: &[std::ffi::OsString], socket: &Path, agent: u32) -> ExitCode {
     let error = Command::new(command)
         .args(arguments)
         .env("KMS_AUTH_SOCK", socket)
@@ -119,25 +150,28 @@ fn run(command: &OsStr, arguments: &[std::ffi::OsString], socket: &Path, agent: 
     ExitCode::from(if error.kind() == io::ErrorKind::NotFound { NOT_FOUND } else { CANNOT_RUN })
 }
 
-/// What a POSIX shell evaluates.
-fn commands(socket: &Path, agent: Pid) -> String {
-    let quoted = socket.display().to_string().replace('\'', r"'\''");
-    let plain = |text: &str| text.bytes().all(|b| b.is_ascii_alphanumeric() || b"/._-".contains(&b));
-    let socket = if plain(&quoted) { quoted } else { format!("'{quoted}'") };
-    format!("KMS_AUTH_SOCK={socket}; export KMS_AUTH_SOCK;\nKMS_AGENT_PID={agent}; export KMS_AGENT_PID;\n")
+/// Ends the agent that runs (`-k`).
+pub(crate) fn end(args: &Args) -> Result<ExitCode, StartError> {
+    let pid = running::end(args.socket.as_deref())?;
+    tell(&format!("process {pid} has ended"));
+    Ok(print_or_fail(&args.shell().unset()))
 }
 
-fn print(text: &str) -> io::Result<()> {
+fn print_or_fail(words: &[u8]) -> ExitCode {
+    if print(words).is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn print(words: &[u8]) -> io::Result<()> {
     let mut stdout = io::stdout().lock();
-    stdout.write_all(text.as_bytes())?;
+    stdout.write_all(words)?;
     stdout.flush()
 }
 
-/// Nothing of the terminal that the agent was started on stays with it.
-fn leave_terminal() -> io::Result<()> {
-    let null = OpenOptions::new().read(true).write(true).open("/dev/null")?;
-    dup2_stdin(&null)?;
-    dup2_stdout(&null)?;
-    dup2_stderr(&null)?;
-    Ok(())
+/// Nothing of the terminal that the agent was started on stays with it, but the old stderr, which is given.
+fn leave_terminal(null: &File) -> io::Result<OwnedFd> {
+    let stderr = io::stderr().as_fd().try_clone_to_owned()?;
+    dup2_stdin(null)?;
+    dup2_stdout(null)?;
+    dup2_stderr(null)?;
+    Ok(stderr)
 }

@@ -9,6 +9,7 @@
 mod connection;
 mod pool;
 mod turn;
+mod worker;
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
@@ -19,34 +20,27 @@ use std::{
     },
     panic::{AssertUnwindSafe, catch_unwind},
     rc::Rc,
-    sync::{
-        Arc,
-        mpsc::{Receiver, Sender, channel},
-    },
-    thread,
     time::Duration,
 };
 
-use kms_envelope::KEY_LEN;
 use kms_protocol::FRAME_HEAD_LEN;
-use kms_secret_memory::{LockedBuffer, Policy, Secret};
+use kms_secret_memory::{LockedBuffer, Policy};
 use nix::{
     errno::Errno,
     sys::{
         epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout},
-        eventfd::{EfdFlags, EventFd},
         socket::{getsockopt, setsockopt, sockopt},
         time::TimeSpec,
         timerfd::{self, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags},
     },
     time::{ClockId, clock_gettime},
-    unistd::getuid,
 };
 
 use self::{
     connection::{Closed, Connection, Load, Wait},
     pool::FramePool,
     turn::Desk,
+    worker::{Done, Worker},
 };
 use crate::{
     audit::Audit,
@@ -89,6 +83,12 @@ const FAR: Duration = Duration::from_secs(1 << 32);
 /// Before the next `accept` when the machine has no descriptor left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// What tells that the loop goes round.
+struct Beat {
+    interval: Duration,
+    next: Duration,
+}
+
 /// Who a turn is for: a connection, by its place and how often the place was given away, or one of the constants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Key(u64);
@@ -97,8 +97,9 @@ impl Key {
     const LISTENER: Self = Self(u64::MAX);
     const TIMER: Self = Self(u64::MAX - 1);
     const WORK: Self = Self(u64::MAX - 2);
-    const SIGNAL: Self = Self(u64::MAX - 3);
+    const SIGNALS: Self = Self(u64::MAX - 3);
     const COMMAND: Self = Self(u64::MAX - 4);
+    const MONITOR: Self = Self(u64::MAX - 5);
 
     fn new(place: u32, generation: u32) -> Self {
         Self(u64::from(generation) << 32 | u64::from(place))
@@ -119,19 +120,34 @@ struct Slot {
     connection: Option<Box<Connection>>,
 }
 
+/// What is not the server's, but waited for by its loop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Source {
+    /// Signals.
+    Signals,
+    /// The command that the agent was started for; readable when it has ended.
+    Command,
+    /// The monitor, which has something to tell.
+    Monitor,
+}
+
+impl Source {
+    fn key(self) -> Key {
+        match self {
+            Self::Signals => Key::SIGNALS,
+            Self::Command => Key::COMMAND,
+            Self::Monitor => Key::MONITOR,
+        }
+    }
+}
+
 /// Why [`Server::serve`] came back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Wake {
-    /// There is a signal to be read.
-    Signal,
-    /// The command that the agent was started for has ended.
-    CommandEnded,
-}
-
-/// The result of a [`Derivation`], and whom it is for.
-struct Done {
-    connection: Key,
-    key: Option<Secret<KEY_LEN>>,
+    /// There is something to be read there.
+    Readable(Source),
+    /// Time to tell that the loop goes round.
+    Beat,
 }
 
 /// The agent with its sockets.
@@ -142,12 +158,16 @@ pub(crate) struct Server<R, A> {
     memory: Policy,
     pool: Rc<FramePool>,
     epoll: Epoll,
-    listener: UnixListener,
+    /// None where one peer is all that is served.
+    listener: Option<UnixListener>,
     /// While nobody is let in.
     accept_after: Option<Duration>,
     timer: TimerFd,
     /// When the timer rings.
     alarm: Option<Duration>,
+    /// When it rang last.
+    rang: Duration,
+    beat: Option<Beat>,
     slots: Vec<Slot>,
     free: Vec<u32>,
     open: usize,
@@ -162,8 +182,8 @@ pub(crate) struct Server<R, A> {
     ahead: Ahead,
     /// Who sends more than fits a turn. One of them has a turn after all others had theirs.
     heavy: VecDeque<Key>,
-    work: Arc<EventFd>,
-    done: (Sender<Done>, Receiver<Done>),
+    worker: Worker,
+    /// Where the result that the worker is at belongs.
     ticket: Option<Ticket>,
     panics: u64,
     last_request: Duration,
@@ -181,9 +201,14 @@ fn since_boot() -> Duration {
 }
 
 impl<R: Random, A: Audit> Server<R, A> {
-    /// A server of what connects to `listener`, which does not block.
-    pub(crate) fn new(core: Core<R, A>, listener: UnixListener, memory: Policy) -> Result<Self, StartError> {
+    /// A server of what connects to `listener`, which does not block, and of whom [`admit`](Self::admit) is called for.
+    pub(crate) fn new(
+        core: Core<R, A>,
+        listener: Option<UnixListener>,
+        memory: Policy,
+    ) -> Result<Self, StartError> {
         let runtime = |errno: Errno| StartError::Runtime(errno.into());
+        let worker = Worker::start(memory)?;
         let server = Self {
             desk: Desk { core, replies: Replies::new(memory)? },
             input: LockedBuffer::new(SHARED_LEN, memory)?,
@@ -198,6 +223,8 @@ impl<R: Random, A: Audit> Server<R, A> {
             )
             .map_err(runtime)?,
             alarm: None,
+            rang: Duration::ZERO,
+            beat: None,
             slots: Vec::new(),
             free: Vec::new(),
             open: 0,
@@ -208,18 +235,17 @@ impl<R: Random, A: Audit> Server<R, A> {
             overdue: BTreeSet::new(),
             ahead: Ahead { events: [EpollEvent::empty(); EVENTS], count: 0 },
             heavy: VecDeque::new(),
-            work: Arc::new(
-                EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).map_err(runtime)?,
-            ),
-            done: channel(),
+            worker,
             ticket: None,
             panics: 0,
             last_request: Duration::ZERO,
             warm: false,
         };
-        server.watch(&server.listener, Key::LISTENER).map_err(runtime)?;
+        if let Some(listener) = &server.listener {
+            server.watch(listener, Key::LISTENER).map_err(runtime)?;
+        }
         server.watch(&server.timer, Key::TIMER).map_err(runtime)?;
-        server.watch(&*server.work, Key::WORK).map_err(runtime)?;
+        server.watch(&server.worker, Key::WORK).map_err(runtime)?;
         Ok(server)
     }
 
@@ -228,12 +254,13 @@ impl<R: Random, A: Audit> Server<R, A> {
     }
 
     /// Has [`serve`](Self::serve) come back when there is something to read here.
-    pub(crate) fn wake_by(&self, fd: impl AsFd, wake: Wake) -> io::Result<()> {
-        let key = match wake {
-            Wake::Signal => Key::SIGNAL,
-            Wake::CommandEnded => Key::COMMAND,
-        };
-        self.watch(fd, key).map_err(io::Error::from)
+    pub(crate) fn wake_by(&self, fd: impl AsFd, source: Source) -> io::Result<()> {
+        self.watch(fd, source.key()).map_err(io::Error::from)
+    }
+
+    /// Has [`serve`](Self::serve) come back at least so often.
+    pub(crate) fn beat_every(&mut self, interval: Duration) {
+        self.beat = Some(Beat { interval, next: since_boot().saturating_add(interval) });
     }
 
     pub(crate) fn core(&mut self) -> &mut Core<R, A> {
@@ -263,8 +290,9 @@ impl<R: Random, A: Audit> Server<R, A> {
                     Key::LISTENER => self.accept(),
                     Key::TIMER => self.ring(),
                     Key::WORK => self.take_results(),
-                    Key::SIGNAL => wake = Some(Wake::Signal),
-                    Key::COMMAND => wake = Some(Wake::CommandEnded),
+                    Key::SIGNALS => wake = Some(Wake::Readable(Source::Signals)),
+                    Key::COMMAND => wake = Some(Wake::Readable(Source::Command)),
+                    Key::MONITOR => wake = Some(Wake::Readable(Source::Monitor)),
                     connection => self.attend(connection, event.events()),
                 }
             }
@@ -277,6 +305,9 @@ impl<R: Random, A: Audit> Server<R, A> {
                 });
             }
             self.hand_out_memory();
+            if wake.is_none() && self.has_beat() {
+                wake = Some(Wake::Beat);
+            }
             self.set_alarm();
             if let Some(wake) = wake {
                 return Ok(wake);
@@ -284,10 +315,22 @@ impl<R: Random, A: Audit> Server<R, A> {
         }
     }
 
+    /// Whether a beat is due.
+    fn has_beat(&mut self) -> bool {
+        let Some(beat) = &mut self.beat else { return false };
+        // The clock is looked at by who rang.
+        let due = beat.next <= self.rang;
+        if due {
+            beat.next = self.rang.saturating_add(beat.interval);
+        }
+        due
+    }
+
     /// Lets in who is there.
     fn accept(&mut self) {
         for _ in 0..TURN_ACCEPTS {
-            match self.listener.accept() {
+            let Some(listener) = &self.listener else { return };
+            match listener.accept() {
                 Ok((stream, _)) => self.admit(stream),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) => {
@@ -302,13 +345,15 @@ impl<R: Random, A: Audit> Server<R, A> {
 
     fn listen(&self, on: bool) {
         let events = if on { EpollFlags::EPOLLIN } else { EpollFlags::empty() };
-        if let Err(errno) = self.epoll.modify(&self.listener, &mut EpollEvent::new(events, Key::LISTENER.0)) {
+        if let Some(listener) = &self.listener
+            && let Err(errno) = self.epoll.modify(listener, &mut EpollEvent::new(events, Key::LISTENER.0))
+        {
             tracing::error!(%errno, "the listener cannot be watched");
         }
     }
 
     /// Lets a connection in, or closes it without a byte. Whatever cannot be found out about the peer is a no.
-    fn admit(&mut self, stream: UnixStream) {
+    pub(crate) fn admit(&mut self, stream: UnixStream) {
         let Ok(credentials) = getsockopt(&stream, sockopt::PeerCredentials) else {
             tracing::warn!("refused a connection: its peer credentials cannot be had");
             return;
@@ -325,7 +370,7 @@ impl<R: Random, A: Audit> Server<R, A> {
         }
         sys::refuse_descriptors(stream.as_fd());
         let limits = self.desk.core.limits();
-        let kept = if peer.uid == getuid().as_raw() { 0 } else { KEPT_CONNECTIONS };
+        let kept = if peer.uid == self.desk.core.own_uid() { 0 } else { KEPT_CONNECTIONS };
         let of_uid = self.open_by_uid.entry(peer.uid).or_insert(0);
         if *of_uid >= limits.connections_per_uid || self.open.saturating_add(kept) >= limits.connections {
             tracing::warn!(uid = peer.uid, "refused a connection: too many are open");
@@ -430,6 +475,7 @@ impl<R: Random, A: Audit> Server<R, A> {
             self.deadlines.first().map(|(deadline, _)| *deadline),
             self.warm.then(|| self.last_request.saturating_add(COOL_AFTER)),
             self.accept_after,
+            self.beat.as_ref().map(|beat| beat.next),
             self.desk.core.next_deadline(),
         ];
         let Some(next) = next.into_iter().flatten().min() else { return };
@@ -450,6 +496,7 @@ impl<R: Random, A: Audit> Server<R, A> {
         // Only to make it silent.
         let _ = self.timer.wait();
         let now = since_boot();
+        self.rang = now;
         while let Some((deadline, key)) =
             self.deadlines.first().copied().filter(|(deadline, _)| *deadline <= now)
         {
@@ -480,39 +527,26 @@ impl<R: Random, A: Audit> Server<R, A> {
         }
     }
 
-    /// Has the work done on a thread of its own, whether the peer stays or not.
+    /// Has the work done on the other thread, whether the peer stays or not.
     fn derive(&mut self, connection: Key, derivation: Box<Derivation>, ticket: Ticket) {
         self.ticket = Some(ticket);
-        let (done, work) = (self.done.0.clone(), Arc::clone(&self.work));
-        let started = thread::Builder::new().name("derivation".to_owned()).spawn(move || {
-            let key = catch_unwind(AssertUnwindSafe(|| derivation.run())).ok().flatten();
-            // The receiver lives as long as the agent.
-            let _ = done.send(Done { connection, key });
-            let _ = work.write(1);
-        });
-        if started.is_err() {
-            let _ = self.done.0.send(Done { connection, key: None });
-            let _ = self.work.write(1);
-        }
+        self.worker.begin(connection, derivation);
     }
 
     fn take_results(&mut self) {
-        // Only to make it silent.
-        let _ = self.work.read();
-        while let Ok(Done { connection: key, key: derived }) = self.done.1.try_recv() {
-            let Some(ticket) = self.ticket.take() else { continue };
-            let connection = self.take(key);
-            let now = self.warm_up();
-            match connection {
-                Some(connection) => self.go_on(key, connection, |server, connection| {
-                    server.desk.core.derived(ticket, derived, now, &mut server.desk.replies);
-                    server.send(key, connection, None)?;
-                    server.settle(key, connection, true)
-                }),
-                None => {
-                    self.desk.core.derived(ticket, derived, now, &mut self.desk.replies);
-                    self.desk.replies.clear();
-                }
+        let Some(Done { connection: key, key: derived }) = self.worker.take_result() else { return };
+        let Some(ticket) = self.ticket.take() else { return };
+        let connection = self.take(key);
+        let now = self.warm_up();
+        match connection {
+            Some(connection) => self.go_on(key, connection, |server, connection| {
+                server.desk.core.derived(ticket, derived, now, &mut server.desk.replies);
+                server.send(key, connection, None)?;
+                server.settle(key, connection, true)
+            }),
+            None => {
+                self.desk.core.derived(ticket, derived, now, &mut self.desk.replies);
+                self.desk.replies.clear();
             }
         }
     }

@@ -108,7 +108,7 @@ impl AsyncClient {
     pub async fn connect(options: &Options) -> Result<Self, Error> {
         let route = Route::find(options)?;
         let connection = connect(route.clone()).await?;
-        let seen = Seen { welcome: Arc::new(connection.welcome.clone()), server_uid: connection.server_uid };
+        let seen = Seen { welcome: Arc::new(connection.welcome.clone()), server_uid: connection.server.uid };
         let seen = Arc::new(Mutex::new(seen));
         let socket = adopt(connection)?;
         let link = start(&route, options.retry, &seen, Some(socket));
@@ -603,7 +603,7 @@ impl Attendant {
         match connect(self.route.clone()).await {
             Ok(connection) => {
                 let welcome = Arc::new(connection.welcome.clone());
-                let server_uid = connection.server_uid;
+                let server_uid = connection.server.uid;
                 match adopt(connection) {
                     Ok(socket) => {
                         self.socket = Some(socket);

@@ -134,7 +134,14 @@ impl Client {
     /// The uid of the agent.
     #[must_use]
     pub fn server_uid(&self) -> u32 {
-        self.connection.server_uid
+        self.connection.server.uid
+    }
+
+    /// The process that answered the hello, unless it is outside our pid namespace. The number is worth something to whoever
+    /// opened a pidfd of it before: by now the process may have ended.
+    #[must_use]
+    pub fn server_pid(&self) -> Option<u32> {
+        u32::try_from(self.connection.server.pid).ok().filter(|pid| *pid != 0)
     }
 
     /// What the agent said it speaks and takes.

@@ -75,7 +75,7 @@ pub(crate) struct Connection {
     pub(crate) receiver: Receiver,
     pub(crate) welcome: Welcome,
     /// Who sent the hello's reply.
-    pub(crate) server_uid: u32,
+    pub(crate) server: Process,
     /// Who opened it: [`sys::lineage`].
     opened_by: u64,
     broken: bool,
@@ -121,13 +121,13 @@ impl Connection {
         let reply = receiver.receive(SecretVec::with_capacity(0), limit);
         // Who answered is judged before what was answered.
         let answered_by = receiver.credentials.take().and_then(|credentials| credentials.sender);
-        if let Some(uid) = answered_by
+        if let Some(Process { uid, .. }) = answered_by
             && !trust.allows(uid)
         {
             return Err(Error::UntrustedServer { socket: path.to_owned(), uid });
         }
         let reply = reply.map_err(wrong)?;
-        let server_uid = answered_by.ok_or_else(|| Error::UnidentifiedServer { socket: path.to_owned() })?;
+        let server = answered_by.ok_or_else(|| Error::UnidentifiedServer { socket: path.to_owned() })?;
         let accepted = reply.accept(operation, id).map_err(wrong)?;
         let welcome: Welcome = accepted.fields(decode_fields).map_err(|error| wrong(error.into()))?;
         if welcome.version != PROTOCOL_VERSION {
@@ -141,7 +141,7 @@ impl Connection {
         receiver.assembler.set_frame_max(frame_max);
         // From here on the kernel need not name the sender of every piece any more; it is only time that this saves.
         let _ = setsockopt(&receiver.socket.as_fd(), PassCred, &false);
-        Ok(Self { sender, receiver, welcome, server_uid, opened_by: sys::lineage(), broken: false })
+        Ok(Self { sender, receiver, welcome, server, opened_by: sys::lineage(), broken: false })
     }
 
     /// Sends a request and waits for its reply, `limit` at most.
@@ -310,7 +310,15 @@ pub(crate) struct Receiver {
 
 /// Who sent what arrived.
 struct Credentials {
-    sender: Option<u32>,
+    sender: Option<Process>,
+}
+
+/// A process, as the kernel named it when it sent something.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Process {
+    pub(crate) uid: u32,
+    /// 0 where our pid namespace has no number for it.
+    pub(crate) pid: i32,
 }
 
 impl Receiver {
@@ -403,7 +411,9 @@ fn receive_with_sender(
     let mut sender = None;
     for control in message.cmsgs()? {
         match control {
-            ControlMessageOwned::ScmCredentials(found) => sender = Some(found.uid()),
+            ControlMessageOwned::ScmCredentials(found) => {
+                sender = Some(Process { uid: found.uid(), pid: found.pid() });
+            }
             _ => return Err(Errno::EPROTO),
         }
     }

@@ -6,6 +6,7 @@ mod memory;
 mod plot;
 mod rates;
 mod small;
+mod start;
 
 use std::{
     env,
@@ -47,13 +48,15 @@ fn main() -> Outcome<()> {
         ["rates", folder] => rates::run(Some(Path::new(folder))),
         ["memory"] => memory::run(),
         ["files"] => files::run(1 << 30),
+        ["start"] => start::run(),
         [] => {
             small::run()?;
             rates::run(None)?;
             memory::run()?;
+            start::run()?;
             files::run(1 << 30)
         }
-        _ => Err("usage: kms-bench [small | rates [FOLDER] | memory | files]".into()),
+        _ => Err("usage: kms-bench [small | rates [FOLDER] | memory | start | files]".into()),
     }
 }
 
@@ -101,7 +104,15 @@ impl Server {
 fn pin(pid: Pid, core: usize) -> Outcome<()> {
     let mut set = CpuSet::new();
     set.set(core)?;
-    Ok(sched_setaffinity(pid, &set)?)
+    if pid.as_raw() == 0 {
+        return Ok(sched_setaffinity(pid, &set)?);
+    }
+    // The agent serves on another thread than its first.
+    for task in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let thread = task?.file_name().to_string_lossy().parse()?;
+        sched_setaffinity(Pid::from_raw(thread), &set)?;
+    }
+    Ok(())
 }
 
 fn programs() -> Outcome<PathBuf> {

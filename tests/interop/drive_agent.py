@@ -104,7 +104,10 @@ def hello_and_status(c):
     state, facts = c.status()
     print("   ", facts)
     same(state, "unlocked")
-    known = set("version pid uid secret-memory keystore keys connections panics uptime-ms requests frame-pool".split())
+    known = set(
+        "version uid secret-memory keystore keys connections panics uptime-ms requests frame-pool lock-passphrase pid dumpable traceable"
+        " no-new-privileges core-limit descriptor-limit memory-lock-limit landlock stacks seccomp".split()
+    )
     same(known - set(facts), set(), "facts that are missing")
     print("    facts that the text does not have:", sorted(set(facts) - known))
     same(facts["uid"], str(os.geteuid()))

@@ -50,6 +50,9 @@ pub struct AgentBuilder {
     reachable: bool,
     config: Option<String>,
     memory_lock: Option<u64>,
+    core_limit: bool,
+    program_mode: Option<u32>,
+    through: Vec<OsString>,
     strace: Vec<OsString>,
     environment: Vec<(OsString, OsString)>,
     arguments: Vec<OsString>,
@@ -88,6 +91,31 @@ impl AgentBuilder {
     #[must_use]
     pub fn memory_lock(mut self, bytes: u64) -> Self {
         self.memory_lock = Some(bytes);
+        self
+    }
+
+    /// With no limit to the size of a core when it starts.
+    #[must_use]
+    pub fn with_cores(mut self) -> Self {
+        self.core_limit = true;
+        self
+    }
+
+    /// With this mode of the program, which is root's, for an agent of another uid.
+    #[must_use]
+    pub fn program_mode(mut self, mode: u32) -> Self {
+        self.program_mode = Some(mode);
+        self
+    }
+
+    /// Through this program, which becomes the agent: the process stays the same, and so does its pid.
+    ///
+    /// # Panics
+    /// When the program is not there.
+    #[must_use]
+    pub fn through(mut self, tool: &str, arguments: &[&str]) -> Self {
+        self.through = vec![programs::tool(tool).get_program().into()];
+        self.through.extend(arguments.iter().map(OsString::from));
         self
     }
 
@@ -144,7 +172,7 @@ impl AgentBuilder {
                 programs::needs_root();
                 chown(&run, Some(uid), Some(uid)).unwrap();
                 let copy = folder.path().join("kms-agent");
-                programs::copy(&program, &copy, 0o755);
+                programs::copy(&program, &copy, self.program_mode.unwrap_or(0o755));
                 copy
             }
             None => program,
@@ -159,11 +187,15 @@ impl AgentBuilder {
                 format!("--memlock={bytes}").into(),
             ]);
         }
+        if self.core_limit {
+            words.extend([programs::tool("prlimit").get_program().into(), "--core=unlimited".into()]);
+        }
         if let Some(uid) = self.uid {
             let ids = [format!("--reuid={uid}"), format!("--regid={uid}"), "--clear-groups".to_owned()];
             words.push(programs::tool("setpriv").get_program().into());
             words.extend(ids.map(OsString::from));
         }
+        words.extend(self.through);
         if !self.strace.is_empty() {
             words.push(programs::tool("strace").get_program().into());
             words.extend(["-f", "-o", "/dev/null"].map(OsString::from));
@@ -334,6 +366,18 @@ impl Agent {
         self.over = true;
         send_signal(self.pid, Signal::SIGKILL);
         wait_for(&mut self.child);
+    }
+
+    /// Waits until it ends by itself.
+    ///
+    /// # Panics
+    /// When it does not.
+    #[must_use]
+    pub fn wait(mut self) -> Ended {
+        self.over = true;
+        let status = wait_for(&mut self.child);
+        self.stdout.read_to_string(&mut self.said).unwrap();
+        Ended { status, stdout: std::mem::take(&mut self.said), log: self.log() }
     }
 
     /// Ends it with SIGTERM.

@@ -75,6 +75,13 @@ impl Canaries {
     }
 }
 
+/// A page full of a secret, as a process without protection would hold one. Made from the secret while the program runs, so that it is
+/// in no program file.
+#[must_use]
+pub fn page(secret: &str) -> Vec<u8> {
+    secret.bytes().cycle().take(4096).collect()
+}
+
 fn spellings(bytes: &[u8]) -> Vec<(&'static str, String)> {
     let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
     let numbers: Vec<String> = bytes.iter().map(u8::to_string).collect();

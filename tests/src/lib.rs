@@ -13,8 +13,11 @@ pub mod canary;
 pub mod kmsctl;
 pub mod process;
 pub mod programs;
+pub mod seccomp;
 pub mod shield;
+pub mod start;
 pub mod sys;
+pub mod systemd;
 pub mod wire;
 
 pub use agent::{Agent, AgentBuilder, Ended, fresh_folder};

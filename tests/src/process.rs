@@ -66,6 +66,20 @@ pub fn send_signal(pid: i32, signal: Signal) {
     kill(Pid::from_raw(pid), signal).unwrap_or_else(|error| panic!("kill {pid}: {error}"));
 }
 
+/// Stops a process, and returns when each of its threads stands still: the signal reaches one after the other.
+///
+/// # Panics
+/// When there is no such process.
+pub fn halt(pid: i32) {
+    send_signal(pid, Signal::SIGSTOP);
+    wait_until("every thread stands still", || {
+        fs::read_dir(format!("/proc/{pid}/task")).unwrap().all(|task| {
+            let stat = fs::read_to_string(task.unwrap().path().join("stat")).unwrap_or_default();
+            stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('T'))
+        })
+    });
+}
+
 /// A number of `/proc/PID/status`, such as `VmLck` in KiB.
 ///
 /// # Panics
@@ -75,6 +89,24 @@ pub fn status_number(pid: i32, name: &str) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).unwrap();
     line.split_whitespace().next().unwrap().parse().unwrap()
+}
+
+/// The children of a process, by the name that the kernel shows of each.
+///
+/// # Panics
+/// Without `/proc`.
+#[must_use]
+pub fn children(pid: i32, name: &str) -> Vec<i32> {
+    let parent = format!("PPid:\t{pid}");
+    let name = format!("Name:\t{name}");
+    let pids =
+        fs::read_dir("/proc").unwrap().filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok());
+    pids.filter(|pid: &i32| {
+        // It may have ended meanwhile.
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        status.lines().any(|line| line == name) && status.lines().any(|line| line == parent)
+    })
+    .collect()
 }
 
 /// Number of open descriptors.
@@ -145,6 +177,29 @@ pub fn ranges(pid: i32) -> Vec<Range> {
         }
     }
     ranges
+}
+
+/// Where the stack of each thread but the first is, with the name of the thread. They must come to wait for something.
+///
+/// # Panics
+/// When there is no such process, or it may not be looked at.
+#[must_use]
+pub fn stack_pointers(pid: i32) -> Vec<(String, u64)> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap().map(|task| task.unwrap());
+    let others = tasks.filter(|task| task.file_name().to_str() != Some(&pid.to_string()));
+    let pointer = |task: fs::DirEntry| {
+        let name = fs::read_to_string(task.path().join("comm")).unwrap().trim_end().to_owned();
+        let mut pointer = None;
+        wait_until("the thread waits", || {
+            // Number and arguments of the system call, stack pointer, program counter; else the word `running`.
+            let call = fs::read_to_string(task.path().join("syscall")).unwrap();
+            let word = call.split_whitespace().rev().nth(1).and_then(|word| word.strip_prefix("0x"));
+            pointer = word.map(|word| u64::from_str_radix(word, 16).unwrap());
+            pointer.is_some()
+        });
+        (name, pointer.unwrap())
+    };
+    others.map(pointer).collect()
 }
 
 /// strace, attached to a running process; detached when dropped.

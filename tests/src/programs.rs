@@ -37,15 +37,31 @@ fn target_folder() -> PathBuf {
 
 /// The tools of other packages that tests call, with the Debian package that has them.
 const TOOLS: &[(&str, &str)] = &[
+    ("awk", "mawk"),
+    ("csh", "csh"),
+    ("dd", "coreutils"),
+    ("dbus-daemon", "dbus-daemon"),
     ("env", "coreutils"),
+    ("fish", "fish"),
+    ("gcore", "gdb"),
     ("gdb", "gdb"),
     ("install", "coreutils"),
+    ("loginctl", "systemd"),
+    ("mkswap", "util-linux"),
     ("mount", "mount"),
+    ("nsenter", "util-linux"),
     ("prlimit", "util-linux"),
     ("setpriv", "util-linux"),
     ("setsid", "util-linux"),
     ("sh", "dash"),
     ("strace", "strace"),
+    ("swapoff", "mount"),
+    ("swapon", "mount"),
+    ("systemctl", "systemd"),
+    ("systemd-analyze", "systemd"),
+    ("systemd-nspawn", "systemd-container"),
+    ("systemd-socket-activate", "systemd"),
+    ("unshare", "util-linux"),
 ];
 
 /// A command that runs a tool of the machine.

@@ -7,7 +7,7 @@ use std::{
     process::Command,
 };
 
-use kms_tests::{AgentBuilder, process::output};
+use kms_tests::{AgentBuilder, process::output, programs::program};
 
 /// The scripts, with the Python that has the package for AES-GCM.
 fn script(name: &str) -> Command {
@@ -26,6 +26,11 @@ fn passes(command: &mut Command) -> String {
     let (status, stdout, stderr) = output(command);
     assert!(status.success(), "{command:?}: {status}\n{stdout}{stderr}");
     stdout + &stderr
+}
+
+#[test]
+fn a_parent_speaks_with_its_agent_over_pipes() {
+    passes(script("child_agent.py").arg(program("kms-agent")));
 }
 
 /// Under this name `tests/run` leaves out what needs a package of Python that is not there.

@@ -25,6 +25,10 @@ pub enum Call {
     DontDump,
     /// `madvise(MADV_DONTFORK)`.
     DontFork,
+    /// `pthread_getattr_np`: where the stack of a thread is.
+    Stack,
+    /// `clone`: a thread.
+    Thread,
     /// `getrandom` into a secretmem page: the one way to fault such a page in that answers with an error.
     Populate,
 }
@@ -40,6 +44,8 @@ impl fmt::Display for Call {
             Self::Mlock => "mlock",
             Self::DontDump => "madvise(MADV_DONTDUMP)",
             Self::DontFork => "madvise(MADV_DONTFORK)",
+            Self::Stack => "pthread_getattr_np",
+            Self::Thread => "the start of a thread",
             Self::Populate => "getrandom into secretmem",
         })
     }

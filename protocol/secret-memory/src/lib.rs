@@ -1,5 +1,5 @@
 //! Memory for secrets: regions that are locked, guarded, kept out of dumps and of forked children, and wiped before
-//! they are given back; heap types that wipe; the wipe of the stack.
+//! they are given back; heap types that wipe; threads with locked stacks; the wipe of the stack.
 //!
 //! Owns every `mmap`, `mlock` and `memfd_secret` of the project. It never aborts on a refused lock and never hands
 //! out unlocked memory unless [`Policy::Preferred`] asks for it; it does no cryptography and knows no configuration.
@@ -18,6 +18,7 @@ mod secret;
 mod sys;
 #[cfg(test)]
 mod tests;
+mod thread;
 
 pub use zeroize::zeroize_stack;
 
@@ -26,6 +27,7 @@ pub use crate::locked::{LockedBox, LockedBuffer};
 pub use crate::region::{Backing, Policy, SecretRegion};
 pub use crate::secret::{CapacityExceeded, Secret, SecretVec};
 pub use crate::sys::memlock_limit;
+pub use crate::thread::spawn_locked;
 
 /// Largest region, buffer or box, in bytes (1 GiB): far above any use, far below where sizes could overflow.
 pub const MAX_LEN: usize = 1 << 30;

@@ -48,6 +48,36 @@ fn failed(call: Call, len: usize) -> RegionError {
     RegionError::from_call(call, io::Error::last_os_error().raw_os_error().unwrap_or(0), len)
 }
 
+/// Locks the stack of the calling thread, whole, and keeps it out of dumps and of children that it may fork. Pages are locked as they are touched, so that what
+/// is never used takes no memory; all of it counts against `RLIMIT_MEMLOCK`. For a thread that glibc made: the stack of the
+/// first one grows.
+pub(crate) fn lock_own_stack() -> Result<(), RegionError> {
+    let (base, len) = own_stack()?;
+    for (advice, call) in [(libc::MADV_DONTDUMP, Call::DontDump), (libc::MADV_DONTFORK, Call::DontFork)] {
+        // SAFETY: the range is mapped and this thread's own; neither advice changes contents.
+        check(unsafe { libc::madvise(base.cast(), len, advice) }, call, len)?;
+    }
+    // SAFETY: as above.
+    check(unsafe { libc::mlock2(base.cast(), len, libc::MLOCK_ONFAULT) }, Call::Mlock, len)
+}
+
+/// The lowest address of the calling thread's stack above its guard, and its length.
+fn own_stack() -> Result<(*mut u8, usize), RegionError> {
+    let mut attributes = std::mem::MaybeUninit::<libc::pthread_attr_t>::uninit();
+    let failed = |status: libc::c_int| RegionError::from_call(Call::Stack, status, 0);
+    // SAFETY: the calling thread is alive, and the place is written by the call, if it succeeds.
+    let status = unsafe { libc::pthread_getattr_np(libc::pthread_self(), attributes.as_mut_ptr()) };
+    if status != 0 {
+        return Err(failed(status));
+    }
+    let (mut base, mut len): (*mut libc::c_void, usize) = (ptr::null_mut(), 0);
+    // SAFETY: the attributes were written above, and both places are alive.
+    let status = unsafe { libc::pthread_attr_getstack(attributes.as_ptr(), &raw mut base, &raw mut len) };
+    // SAFETY: they were written above and are not used again.
+    unsafe { libc::pthread_attr_destroy(attributes.as_mut_ptr()) };
+    if status == 0 { Ok((base.cast(), len)) } else { Err(failed(status)) }
+}
+
 /// Memory of either origin.
 pub(crate) enum Region {
     Mapping(Mapping),

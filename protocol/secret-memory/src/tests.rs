@@ -367,6 +367,14 @@ fn every_policy_keeps_its_promise_here() {
         }
         tell("buffer", policy, buffer.map(|b| b.backing()));
         tell("box", policy, LockedBox::with_policy([0_u8; 32], policy).map(|b| b.backing()));
+        let held = SlowlyDropped::default();
+        let dropped = std::sync::Arc::clone(&held.0);
+        let thread = spawn_locked("secrets", 128 << 10, policy, move |backing| (backing, held).0);
+        assert!(
+            thread.is_ok() || dropped.load(std::sync::atomic::Ordering::SeqCst),
+            "what was not begun is gone"
+        );
+        tell("thread", policy, thread.map(|thread| thread.join().unwrap().unwrap()));
     }
     assert!(memlock_limit().is_some_and(|(soft, hard)| soft <= hard));
 }
@@ -393,8 +401,15 @@ fn assert_names_limit(message: &str, bytes: u32) {
 #[test]
 fn a_limit_of_nothing_is_an_error_that_names_the_remedy() {
     let told = told_under_limit("nothing", 0);
-    for what in ["region Auto", "region Mlock", "buffer Auto", "buffer SecretMem", "buffer Mlock", "box Auto"]
-    {
+    for what in [
+        "region Auto",
+        "region Mlock",
+        "buffer Auto",
+        "buffer SecretMem",
+        "buffer Mlock",
+        "box Auto",
+        "thread Auto",
+    ] {
         assert_names_limit(&told(what), 0);
         assert!(told(what).contains("mlock failed: Operation not permitted"), "{}", told(what));
     }
@@ -404,7 +419,9 @@ fn a_limit_of_nothing_is_an_error_that_names_the_remedy() {
             told("region SecretMem").contains("mmap of secretmem failed: Resource temporarily unavailable")
         );
     }
-    for what in ["region Preferred", "buffer Preferred", "growth Preferred", "box Preferred"] {
+    for what in
+        ["region Preferred", "buffer Preferred", "growth Preferred", "box Preferred", "thread Preferred"]
+    {
         assert_eq!(told(what), "unlocked");
     }
 }
@@ -412,7 +429,7 @@ fn a_limit_of_nothing_is_an_error_that_names_the_remedy() {
 #[test]
 fn a_limit_that_is_too_small_refuses_what_exceeds_it() {
     let told = told_under_limit("small", 16);
-    for what in ["region Auto", "region Mlock", "growth Auto"] {
+    for what in ["region Auto", "region Mlock", "growth Auto", "thread Auto"] {
         assert_names_limit(&told(what), 16 << 10);
         assert!(told(what).contains("mlock failed: Cannot allocate memory"), "{}", told(what));
     }
@@ -493,6 +510,38 @@ fn a_secret_vec_never_moves_and_wipes_what_it_drops() {
     assert_eq!(secret.as_mut_slice(), b"ab\0\0\0\0\0\0", "truncated bytes are wiped");
     assert_eq!(secret.expose_secret().as_ptr(), place);
     assert_eq!(CapacityExceeded { capacity: 8 }.to_string(), "the secret is longer than 8 bytes");
+}
+
+/// Tells that it was dropped, after a while.
+#[derive(Default)]
+struct SlowlyDropped(std::sync::Arc<std::sync::atomic::AtomicBool>);
+
+impl Drop for SlowlyDropped {
+    fn drop(&mut self) {
+        (0..10_000).for_each(|_| std::thread::yield_now());
+        self.0.store(true, std::sync::atomic::Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn the_stack_of_a_thread_for_secrets_is_locked_whole_and_not_dumped() {
+    const LEN: usize = 256 * 1024;
+    let own_stack = || {
+        let here = std::hint::black_box(0_u8);
+        let address = (&raw const here).addr();
+        vmas().into_iter().find(|vma| (vma.start..vma.end).contains(&address)).unwrap()
+    };
+    let thread = spawn_locked("secrets", LEN, Policy::Auto, move |backing| (backing, own_stack())).unwrap();
+    let (backing, stack) = thread.join().unwrap().unwrap();
+    assert_eq!(backing, Backing::Mlock);
+    assert!(
+        stack.end - stack.start >= LEN && stack.has("lo") && stack.has("dd") && stack.has("dc"),
+        "{:?}",
+        stack.flags
+    );
+    // The control: an ordinary thread has neither.
+    let stack = std::thread::spawn(own_stack).join().unwrap();
+    assert!(!stack.has("lo") && !stack.has("dd"), "{:?}", stack.flags);
 }
 
 /// Compiles only while the type lacks the trait: with it, the marker cannot be inferred.

@@ -2,15 +2,16 @@
 
 use std::{
     fs,
+    path::Path,
     process::{Command, Stdio},
 };
 
 use kms_protocol::{KeyAndContext, KeyRef, NoFields, Opcode, Status};
 use kms_tests::{
-    ALICE, Agent,
+    ALICE, Agent, Wire,
     agent::fresh_folder,
     canary::Canaries,
-    process::{Strace, ends_within, output, ranges, send_signal, status_number, wait_until},
+    process::{Strace, ends_within, output, ranges, send_signal, stack_pointers, status_number, wait_until},
     programs::{needs_root, program, tool},
     wire::{NO_CONTEXT, add_frame, frame, pipeline, random},
 };
@@ -19,8 +20,18 @@ use nix::sys::signal::Signal;
 /// Bytes of the pre-key, and of both buffers of the server.
 const LEAST_LOCKED_KIB: u64 = 16 + 64 + 64;
 
-/// Every locked range is out of dumps and of forked children, and they are what the kernel counts.
+/// Every locked range is out of dumps and of forked children, and they are what the kernel counts. The stacks of the threads that work
+/// are among them.
 fn assert_locked(pid: i32) {
+    let stacks = stack_pointers(pid);
+    let mut names: Vec<&str> = stacks.iter().map(|(name, _)| name.as_str()).collect();
+    names.sort_unstable();
+    assert_eq!(names, ["agent", "derivation"], "every thread but the first, which only waits");
+    for (name, pointer) in &stacks {
+        let ranges = ranges(pid);
+        let range = ranges.iter().find(|range| (range.start..range.end).contains(pointer)).unwrap();
+        assert!(range.has("lo"), "the stack of {name}: {range:?}");
+    }
     let locked = status_number(pid, "VmLck");
     assert!(locked >= LEAST_LOCKED_KIB, "VmLck is {locked} KiB");
     let mut sum = 0;
@@ -36,18 +47,36 @@ fn assert_locked(pid: i32) {
     assert_eq!(pre_key, 16 * 1024, "the pre-key lies in secretmem, where this kernel has it");
 }
 
+/// One key.
+const CONFIG: &str = "limits.keys = 1\n";
+
+/// Has an agent that was started with [`CONFIG`] read another configuration, and waits until that is in force.
+fn reload(pid: i32, config: &Path, wire: &mut Wire) {
+    wire.generate("a").unwrap();
+    assert_eq!(wire.generate("b").map(|_| ()), Err(Status::Limit));
+    fs::write(config, "limits.keys = 2\n").unwrap();
+    send_signal(pid, Signal::SIGHUP);
+    wait_until("the configuration is in force", || wire.generate("b").is_ok());
+}
+
 #[test]
 fn memory_is_locked_in_the_foreground() {
     needs_root();
     for builder in [Agent::builder(), Agent::builder().uid(ALICE)] {
-        let agent = builder.start();
+        let agent = builder.config(CONFIG).start();
         assert_locked(agent.pid);
-        agent.as_owner(|| assert_eq!(agent.connect().fact("secret-memory"), "secretmem"));
+        std::os::unix::fs::chown(agent.config(), Some(agent.uid()), None).unwrap();
+        agent.as_owner(|| {
+            let mut wire = agent.connect();
+            assert_eq!(wire.fact("secret-memory"), "secretmem");
+            reload(agent.pid, &agent.config(), &mut wire);
+        });
+        assert_locked(agent.pid);
     }
 }
 
 /// The environment of an agent that a shell starts.
-fn clean(command: &mut Command, folder: &std::path::Path) {
+fn clean(command: &mut Command, folder: &Path) {
     command
         .env_clear()
         .env("PATH", std::env::var_os("PATH").unwrap())
@@ -58,28 +87,40 @@ fn clean(command: &mut Command, folder: &std::path::Path) {
 #[test]
 fn memory_is_locked_in_the_background_too() {
     let folder = fresh_folder(0o700);
+    let config = folder.path().join("config");
+    fs::write(&config, CONFIG).unwrap();
     let mut command = Command::new(program("kms-agent"));
-    clean(command.arg("--memory"), folder.path());
+    clean(command.args(["--memory", "--config"]).arg(&config), folder.path());
     let (status, stdout, stderr) = output(&mut command);
     assert!(status.success(), "{stderr}");
     let pid = stdout.split_once("KMS_AGENT_PID=").unwrap().1.split_once(';').unwrap().0.parse().unwrap();
     assert_locked(pid);
+    let socket = stdout.split_once("KMS_AUTH_SOCK=").unwrap().1.split_once(';').unwrap().0;
+    reload(pid, &config, &mut Wire::connect(Path::new(socket)));
+    assert_locked(pid);
     send_signal(pid, Signal::SIGTERM);
     assert!(ends_within(pid, kms_tests::process::PATIENCE));
+    fs::remove_file(&config).unwrap();
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0, "its folder is gone");
 }
 
 #[test]
 fn memory_is_locked_behind_a_command() {
     let folder = fresh_folder(0o700);
+    let config = folder.path().join("config");
+    fs::write(&config, CONFIG).unwrap();
     let mut command = Command::new(program("kms-agent"));
     // The command waits for its stdin to end.
-    clean(command.args(["--memory", "sh", "-c", "echo $KMS_AGENT_PID; read line"]), folder.path());
+    let script = "echo $KMS_AGENT_PID $KMS_AUTH_SOCK; read line";
+    clean(command.args(["--memory", "--config"]).arg(&config).args(["sh", "-c", script]), folder.path());
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     let mut line = String::new();
     std::io::BufRead::read_line(&mut std::io::BufReader::new(child.stdout.take().unwrap()), &mut line)
         .unwrap();
-    let pid = line.trim().parse().unwrap();
+    let (pid, socket) = line.trim().split_once(' ').unwrap();
+    let pid = pid.parse().unwrap();
+    assert_locked(pid);
+    reload(pid, &config, &mut Wire::connect(Path::new(socket)));
     assert_locked(pid);
     drop(child.stdin.take());
     child.wait().unwrap();
@@ -132,6 +173,11 @@ fn a_kernel_without_secretmem_gets_mlock_and_the_status_says_so() {
             let mut wire = agent.connect();
             assert_eq!(wire.fact("secret-memory"), "mlock");
             wire.generate("a").unwrap();
+            // An unlock takes a new region, within the sandbox.
+            assert_eq!(wire.lock(b"passphrase"), Ok(true));
+            assert_eq!(wire.unlock(b"passphrase"), Ok(true));
+            assert_eq!(wire.fact("secret-memory"), "mlock");
+            wire.encrypt("a", NO_CONTEXT, b"x").unwrap();
         });
     }
     let ended = Agent::builder()

@@ -223,7 +223,7 @@ fn a_flood_of_descriptors_leaves_none_behind() {
     let file = fs::File::open("/dev/null").unwrap();
     let passed = vec![file.as_raw_fd(); 253];
     let mut tried = 0;
-    while tried < 50_000 {
+    while tried < 1_000_000 {
         let wire = agent.mute();
         wire.stream.set_nonblocking(true).unwrap();
         for _ in 0..20 {

@@ -18,52 +18,20 @@ use kms_tests::{
     agent::fresh_folder,
     process::{PATIENCE, ends_within, output, send_signal, wait_for, wait_until},
     programs::{needs_root, program, tool},
+    start::{agent_command, clean, fails, is_empty},
     wire::{NO_CONTEXT, Operations, frame},
 };
 use nix::sys::signal::Signal;
-
-/// A command with an environment of nothing but what it needs.
-fn clean(mut command: Command, folder: &Path) -> Command {
-    command
-        .env_clear()
-        .env("PATH", std::env::var_os("PATH").unwrap())
-        .env("HOME", folder)
-        .env("TMPDIR", folder)
-        .current_dir(folder)
-        .stdin(Stdio::null());
-    command
-}
-
-fn agent_command(folder: &Path, arguments: &[&str]) -> Command {
-    let mut command = clean(Command::new(program("kms-agent")), folder);
-    command.args(arguments);
-    command
-}
-
-/// A start that must fail: its stderr, after a look at status and stdout.
-fn fails(command: &mut Command, code: i32) -> String {
-    let (status, stdout, stderr) = output(command);
-    assert_eq!(status.code(), Some(code), "{stdout}{stderr}");
-    assert_eq!(stdout, "", "nothing that a shell would evaluate");
-    assert!(stderr.starts_with("kms-agent: error: "), "{stderr}");
-    stderr
-}
-
-fn is_empty(folder: &Path) -> bool {
-    fs::read_dir(folder).unwrap().next().is_none()
-}
 
 #[test]
 fn a_second_agent_does_not_take_a_socket_that_is_served() {
     let agent = Agent::start();
     let mut wire = agent.connect();
     let socket = agent.socket.to_str().unwrap();
-    for arguments in [&["--memory", "-D", "-a", socket][..], &["--memory", "-a", socket]] {
-        let stderr = fails(&mut agent_command(agent.folder(), arguments), 1);
-        assert!(stderr.contains("an agent serves this socket already"), "{stderr}");
-        assert!(stderr.contains("kms-agent: hint: "), "{stderr}");
-        assert!(stderr.contains(socket), "{stderr}");
-    }
+    let stderr = fails(&mut agent_command(agent.folder(), &["--memory", "-D", "-a", socket]), 1);
+    assert!(stderr.contains("an agent serves this socket already"), "{stderr}");
+    assert!(stderr.contains("kms-agent: hint: "), "{stderr}");
+    assert!(stderr.contains(socket), "{stderr}");
     wire.ping().unwrap();
     agent.connect().ping().unwrap();
 }
@@ -82,7 +50,7 @@ fn a_live_socket_without_a_lock_file_is_not_taken_either() {
 #[test]
 fn of_many_agents_that_start_at_once_one_lives() {
     let folder = fresh_folder(0o700);
-    let children: Vec<_> = (0..30)
+    let children: Vec<_> = (0..100)
         .map(|_| {
             let mut command = agent_command(folder.path(), &["--memory", "-D", "-a", "s"]);
             command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
@@ -184,7 +152,7 @@ fn a_folder_that_others_can_write_to_is_refused() {
         let mut command = agent_command(folder.path(), &["--memory", "-D", "-a", "s"]);
         if refused {
             let stderr = fails(&mut command, 1);
-            assert!(stderr.contains("others can write to the folder of the socket"), "{mode:o}: {stderr}");
+            assert!(stderr.contains("others can write to the folder /"), "{mode:o}: {stderr}");
             assert!(is_empty(folder.path()));
         } else {
             let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
@@ -197,13 +165,16 @@ fn a_folder_that_others_can_write_to_is_refused() {
     let folder = fresh_folder(0o700);
     chown(folder.path(), Some(ALICE), Some(ALICE)).unwrap();
     let stderr = fails(&mut agent_command(folder.path(), &["--memory", "-D", "-a", "s"]), 1);
-    assert!(stderr.contains("the folder of the socket belongs to another user"), "{stderr}");
+    assert!(stderr.contains("belongs to another user, uid 1001"), "{stderr}");
     let stderr = fails(&mut agent_command(folder.path(), &["--memory", "-D", "-a", "/etc/passwd/s"]), 1);
-    assert!(stderr.contains("/etc/passwd/s"), "{stderr}");
+    assert!(stderr.contains("/etc/passwd/s: /etc/passwd is not a folder"), "{stderr}");
     let stderr = fails(&mut agent_command(folder.path(), &["--memory", "-D", "-a", "/nonexistent/s"]), 1);
-    assert!(stderr.contains("/nonexistent/s: No such file or directory"), "{stderr}");
+    assert!(
+        stderr.contains("/nonexistent/s: cannot look at /nonexistent: No such file or directory"),
+        "{stderr}"
+    );
     let stderr = fails(&mut agent_command(folder.path(), &["--memory", "-D", "-a", "/"]), 1);
-    assert!(stderr.contains("there is no folder for the socket"), "{stderr}");
+    assert!(stderr.contains("the path names no socket"), "{stderr}");
 }
 
 #[test]
@@ -253,7 +224,7 @@ fn a_bad_configuration_stops_the_start_and_names_its_place() {
     }
     let stderr =
         fails(&mut agent_command(folder.path(), &["--memory", "-D", "-a", "s", "--config", "none"]), 1);
-    assert!(stderr.contains("cannot read the configuration none"), "{stderr}");
+    assert!(stderr.contains("cannot read the configuration /") && stderr.contains("/none: "), "{stderr}");
     // The user's own file, where none is named.
     let own = folder.path().join(".config/kms-agent");
     fs::create_dir_all(&own).unwrap();
@@ -521,4 +492,23 @@ fn a_descriptor_of_who_started_it_stays_with_the_command_and_not_with_the_agent(
         agent(&["sh", "-c", "ls -l /proc/$KMS_AGENT_PID/fd | grep -c marker; cat <&7"]);
     assert!(status.success(), "{stderr}");
     assert_eq!(stdout, "0\ninherited");
+}
+
+#[test]
+fn a_pipe_in_place_of_the_configuration_holds_nobody_up_and_changes_nothing() {
+    let agent = Agent::builder().config("limits.keys = 1\n").start();
+    let mut wire = agent.connect();
+    wire.generate("a").unwrap();
+    fs::remove_file(agent.config()).unwrap();
+    nix::unistd::mkfifo(&agent.config(), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    send_signal(agent.pid, Signal::SIGHUP);
+    wait_until("it says so", || agent.log().contains("it is not a file"));
+    assert_eq!(wire.generate("b").map(|_| ()), Err(Status::Limit), "what was in force still is");
+    // What is not understood is told, and not all of it.
+    fs::remove_file(agent.config()).unwrap();
+    fs::write(agent.config(), "x".repeat(60_000)).unwrap();
+    let before = agent.log().len();
+    send_signal(agent.pid, Signal::SIGHUP);
+    wait_until("it says so", || agent.log().contains("cannot be understood"));
+    assert!(agent.log().len() - before < 2_000, "{}", agent.log());
 }

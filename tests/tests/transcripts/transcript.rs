@@ -13,8 +13,18 @@ use kms_tests::{
 use crate::stages::Stage;
 
 /// Names and facts whose value is another one in each run, or on each machine.
-const FACTS: [&str; 7] =
-    ["connections", "frame-pool", "pid", "requests", "secret-memory", "uid", "uptime-ms"];
+const FACTS: [&str; 10] = [
+    "connections",
+    "descriptor-limit",
+    "frame-pool",
+    "landlock",
+    "memory-lock-limit",
+    "pid",
+    "requests",
+    "secret-memory",
+    "uid",
+    "uptime-ms",
+];
 
 /// A command with its answer.
 pub(crate) struct Step {
