@@ -197,7 +197,7 @@ fn serve(
         .collect();
     protection.landlock(within(config.sandbox, sandbox::restrict_files(&allowed))?);
 
-    let surroundings = Surroundings {
+    let command_line = CommandLine {
         memory_only: args.memory,
         lifetime: args.lifetime,
         is_read_along: args.is_read_along(),
@@ -210,7 +210,7 @@ fn serve(
         protection.stacks(stack);
         let agent = Agent {
             uid,
-            surroundings,
+            command_line,
             config,
             socket,
             peer,
@@ -282,14 +282,14 @@ fn within<T>(wanted: Sandbox, part: Result<T, SandboxError>) -> Result<Option<T>
 }
 
 /// What a configuration that is read again does not change.
-struct Surroundings {
+struct CommandLine {
     memory_only: bool,
     lifetime: Option<Duration>,
     is_read_along: bool,
     file: ConfigFile,
 }
 
-impl Surroundings {
+impl CommandLine {
     fn limits(&self, config: &Config) -> config::Limits {
         config::Limits { memory_only: self.memory_only, lifetime: self.lifetime, ..config.limits.clone() }
     }
@@ -298,7 +298,7 @@ impl Surroundings {
 /// All that the thread which serves is given.
 struct Agent {
     uid: u32,
-    surroundings: Surroundings,
+    command_line: CommandLine,
     config: Config,
     socket: Option<AgentSocket>,
     /// Who is on stdin and stdout, where there is no socket.
@@ -320,7 +320,7 @@ impl Agent {
         if let Some(backing) = keyring.backing() {
             tracing::info!(%backing, "keys are shielded");
         }
-        let limits = self.surroundings.limits(&self.config);
+        let limits = self.command_line.limits(&self.config);
         let core = Core::new(self.uid, keyring, limits, random, LogAudit, now());
         let listener = self.socket.as_ref().map(AgentSocket::listener).transpose()?;
         let mut server = Server::new(core, listener, memory)?;
@@ -424,10 +424,10 @@ impl Agent {
 
     /// Reads the configuration again; a bad file leaves the old one in force.
     fn reload(&mut self, server: &mut Server<KernelRandom, LogAudit>) {
-        match self.surroundings.file.read() {
+        match self.command_line.file.read() {
             Ok(config) => {
-                server.core().set_limits(self.surroundings.limits(&config));
-                self.log.set_level(level(self.surroundings.is_read_along, &config));
+                server.core().set_limits(self.command_line.limits(&config));
+                self.log.set_level(level(self.command_line.is_read_along, &config));
                 // The answer comes as an event.
                 if let Err(error) = self.monitor.watch(config.lock_on) {
                     tracing::error!(%error, "what is locked on stays as it was");
