@@ -55,7 +55,7 @@ pub enum Error {
         /// The socket.
         socket: PathBuf,
     },
-    /// The server closed the connection without an answer: to it, we are nobody.
+    /// The server closed the connection without an answer: to it we are nobody, or it has ended.
     #[error("the agent at {} closed the connection before its hello", socket.display())]
     ClosedBeforeHello {
         /// The socket.

@@ -456,8 +456,8 @@ fn client_hint(error: &Error) -> Option<&'static str> {
             Some(START_HINT)
         }
         Error::ClosedBeforeHello { .. } => Some(
-            "that agent serves its own user only, not you; start an agent of your own with `eval \"$(kms-agent)\"`, or name \
-             its socket with KMS_AUTH_SOCK or --socket",
+            "that agent serves its own user only, or does not come up, and its log says why; start an agent of your own with \
+             `eval \"$(kms-agent)\"`, or name its socket with KMS_AUTH_SOCK or --socket",
         ),
         Error::WritableDirectory { .. } => Some(
             "--server-uid does not help there: take the right to write from the others with `chmod o-w`, or name another socket \
