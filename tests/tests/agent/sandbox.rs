@@ -4,19 +4,20 @@
 use std::{
     collections::BTreeSet,
     fs,
+    io::Write,
     os::unix::{net::UnixStream, process::ExitStatusExt},
     path::Path,
     process::{Command, Stdio},
 };
 
-use kms_protocol::Status;
+use kms_protocol::{Hello, Opcode, PROTOCOL_VERSION, Status};
 use kms_tests::{
     ALICE, Agent,
     process::{output, send_signal, status_number, wait_for, wait_until},
     programs::{needs_root, program, tool},
     seccomp::{Filter, I386, X32, X86_64, numbers},
     start::clean,
-    wire::NO_CONTEXT,
+    wire::{NO_CONTEXT, frame},
 };
 use nix::sys::{
     resource::{Resource, getrlimit, setrlimit},
@@ -151,9 +152,15 @@ fn each_call_of_the_list_is_one_that_the_agent_makes() {
         Agent::builder().uid(ALICE).memory_lock(8 << 20).config("limits.connections_per_uid = 10000");
     let agent = builder.strace(&["-o", &path("foreground")]).start();
     agent.as_owner(|| {
-        // So many that the table of connections is moved.
-        let crowd: Vec<UnixStream> =
-            (0..8_300).map(|_| UnixStream::connect(&agent.socket).unwrap()).collect();
+        // So many that the table of connections is moved; whoever says nothing is gone after five seconds, which is soon on a busy
+        // machine.
+        let hello = frame(Opcode::Hello, 1, &Hello { version: PROTOCOL_VERSION }, &[]);
+        let greet = |_| {
+            let mut stream = UnixStream::connect(&agent.socket).unwrap();
+            stream.write_all(&hello).unwrap();
+            stream
+        };
+        let crowd: Vec<UnixStream> = (0..8_300).map(greet).collect();
         let mut wire = agent.connect();
         drop(crowd);
         wire.generate("a").unwrap();
