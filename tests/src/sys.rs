@@ -15,6 +15,7 @@ use std::{
 use nix::{
     sys::{
         ptrace,
+        signal::{SigHandler, Signal, signal},
         wait::{WaitPidFlag, waitpid},
     },
     unistd::Pid,
@@ -61,6 +62,15 @@ pub fn in_child(work: impl FnOnce()) -> bool {
             libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0
         }
     }
+}
+
+/// Has a signal do here, and in whatever is started from here, what it does by default.
+///
+/// # Panics
+/// When it cannot be.
+pub fn default_signal(wanted: Signal) {
+    // SAFETY: the default is taken, so no code of ours ever runs in a handler.
+    unsafe { signal(wanted, SigHandler::SigDfl) }.unwrap();
 }
 
 /// A descriptor that becomes readable when the process ends; nothing when there is no such process.

@@ -9,6 +9,7 @@ use kms_tests::{
     process::{Range, ends_within, output, ranges, send_signal, wait_for, wait_until},
     programs::{needs_root, tool},
     shield::{Image, Part, Records},
+    sys::default_signal,
 };
 use nix::sys::signal::Signal;
 
@@ -37,6 +38,8 @@ fn core_of(folder: &Path, pid: i32) -> Option<std::path::PathBuf> {
 #[test]
 fn no_signal_and_no_setting_makes_a_core_of_the_agent() {
     needs_root();
+    // A shell without job control has what it starts in the background ignore it.
+    default_signal(Signal::SIGQUIT);
     let pipe = probe();
     let machine = Machine::for_cores();
     for setting in ["file", "pipe"] {
